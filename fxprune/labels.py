@@ -1,13 +1,13 @@
 """Labels: which positions of a tensor can only be removed together.
 
-Every position of a parameter axis carries a label, an integer. Labels that must go together are
-united (union-find); a class of united labels is a *unit*. A label that may not be removed is
-*pinned*; position value 0 means "nothing removable here".
+Every position of a parameter axis carries a label, a positive integer. Labels that must be removed
+together are united (union-find). A set of united labels is a *unit*. A unit that may not be
+removed is *pinned*. Label 0 means "nothing can be removed here".
 
-A tensor carries *fields*. A field is an integer array broadcastable to the tensor's shape: the
-label at each element. An element vanishes when one of its fields' labels does. Along a dimension
-of size 1 a field does not vary, whatever the tensor's size there, so an activation of any
-resolution costs as many integers as it has channels.
+A tensor carries *fields*. A field is an integer array that broadcasts to the tensor's shape and
+holds the label of each element. An element is removed when the label of any of its fields is
+removed. Where a field has size 1, it does not vary along that dimension, whatever the tensor's
+size. So an activation costs as many integers as it has channels, at any resolution.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Array: TypeAlias = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Field:
-    """One labelling of a tensor.
+    """One label array of a tensor.
 
     Attributes
     ----------
     labels:
         Integer array with as many dimensions as the tensor; size 1 where the labels do not vary.
     zero:
-        Whether the tensor is exactly 0 at removed elements of the masked original. A sum over
-        removed zeros is exact; a sum over ``sigmoid(0)`` is not.
+        Whether the tensor is exactly 0 at removed elements in the masked original. If it is, a sum
+        over removed elements is exact. A sum over ``sigmoid(0)`` is not.
     """
 
     labels: Array
@@ -42,11 +42,25 @@ class Field:
 
     @property
     def dims(self) -> frozenset[int]:
+        """The dimensions along which the labels vary."""
         return frozenset(d for d, size in enumerate(self.labels.shape) if size > 1)
 
 
 class Units:
-    """Disjoint sets of labels, with pins.
+    """Disjoint sets of labels (union-find), each of which can be pinned.
+
+    Attributes
+    ----------
+    count:
+        Number of labels, label 0 included. Labels are the integers below it.
+    pinning:
+        Whether :meth:`pin` has an effect. It is switched off to check an emitted model, where only
+        wrong unions matter.
+    uniting:
+        Whether :meth:`unite` has an effect. Without it, labels only tell on which axis they
+        originate.
+    version:
+        Grows whenever an earlier answer of :meth:`find` or :meth:`live` may have become stale.
 
     >>> units = Units()
     >>> a, b = units.fresh(3, owner=0), units.fresh(3, owner=1)
@@ -54,50 +68,66 @@ class Units:
     >>> bool((units.find(a) == units.find(b[::-1])).all())
     True
     >>> units.pin(b[:1], reason=7)
-    >>> units.live(a).tolist()        # a[2] went with b[0]
+    >>> units.live(a).tolist()  # a[2] is in one unit with b[0]
     [1, 2, 0]
     """
 
     def __init__(self) -> None:
         self._parent = np.zeros(1024, dtype=np.int64)
-        self._pin = np.zeros(1024, dtype=np.int32)  # at roots: 0, or the reason's number
+        # valid at the root of each unit: 0, or the number of the reason why it is pinned
+        self._pin = np.zeros(1024, dtype=np.int32)
         self._owner = np.full(1024, -1, dtype=np.int32)
-        self.count = 1  # label 0 stands for "nothing removable"
-        self.pinning = True  # a check of an emitted model looks for wrong unions only
-        self.uniting = True  # without it labels say on which axis they began, and nothing else
-        self.version = 0  # grows whenever an earlier answer of find or live may have become stale
+        self.count = 1  # label 0 means "nothing can be removed here"
+        self.pinning = True
+        self.uniting = True
+        self.version = 0
 
     def fresh(self, n: int, owner: int) -> Array:
-        """``n`` new labels, each a unit of its own, of the parameter axis numbered ``owner``
-        (-1: on none).
+        """Return new labels, each a unit of its own.
+
+        Parameters
+        ----------
+        n:
+            Number of labels.
+        owner:
+            Number of the parameter axis on which the labels lie, -1 if on none.
+
+        Returns
+        -------
+        numpy.ndarray
+            Consecutive integers, shape (n,).
         """
         end = self.count + n
         if end > len(self._parent):
-            room = max(end, 2 * len(self._parent))
-            self._parent = np.concatenate(
-                [self._parent, np.zeros(room - len(self._parent), dtype=np.int64)]
-            )
-            self._pin = np.concatenate(
-                [self._pin, np.zeros(room - len(self._pin), dtype=np.int32)]
-            )
-            self._owner = np.concatenate(
-                [self._owner, np.full(room - len(self._owner), -1, dtype=np.int32)]
-            )
+            self._extend(max(end, 2 * len(self._parent)))
         labels = np.arange(self.count, end, dtype=np.int64)
         self._parent[self.count : end] = labels
         self._owner[self.count : end] = owner
         self.count = end
         return labels
 
+    def _extend(self, capacity: int) -> None:
+        """Make room for labels below ``capacity``."""
+        more = capacity - len(self._parent)
+        self._parent = np.concatenate([self._parent, np.zeros(more, dtype=np.int64)])
+        self._pin = np.concatenate([self._pin, np.zeros(more, dtype=np.int32)])
+        self._owner = np.concatenate([self._owner, np.full(more, -1, dtype=np.int32)])
+
     def owners(self, labels: Array) -> list[int]:
-        """The parameter axes on which these labels began."""
+        """Return the numbers of the parameter axes for which these labels were made, ascending.
+
+        -1 is among them if some labels were made for no parameter.
+        """
         owners = self._owner[labels.ravel()]
         if owners.size and owners[0] == owners[-1] and bool((owners == owners[0]).all()):
             return [int(owners[0])]
-        return [int(o) for o in np.unique(owners)]
+        return [int(owner) for owner in np.unique(owners)]
 
     def find(self, labels: Array) -> Array:
-        """The representative of each label's unit (its smallest label)."""
+        """Return the representative of each label's unit, which is its smallest label.
+
+        The result has the shape of ``labels``.
+        """
         parent = self._parent
         root = parent[labels]
         up = parent[root]
@@ -111,45 +141,62 @@ class Units:
         return root
 
     def live(self, labels: Array) -> Array:
-        """Like :meth:`find`, with 0 for every pinned unit."""
+        """Return the representative of each label's unit, and 0 where the unit is pinned."""
         root = self.find(labels)
         pinned = self._pin[root]
         return np.where(pinned > 0, 0, root) if pinned.any() else root
 
     def unite(self, a: Array, b: Array) -> None:
-        """Make ``a[i]`` and ``b[i]`` one unit for every i (broadcast). A 0 on one side pins the
-        other.
+        """Put ``a[i]`` and ``b[i]`` into one unit for every i.
+
+        Parameters
+        ----------
+        a, b:
+            Labels, broadcast against each other. Where one of the two is 0, the other is pinned.
         """
         if not self.uniting:
             return
         a, b = np.broadcast_arrays(a, b)
-        a, b = a.ravel(), b.ravel()
-        if not (a.all() and b.all()):
-            fixed = (a == 0) != (b == 0)
-            if fixed.any():
-                self.pin(np.where(a == 0, b, a)[fixed], reason=1)
-            both = (a != 0) & (b != 0)
-            a, b = a[both], b[both]
+        a, b = self._pin_partners_of_zero(a.ravel(), b.ravel())
         while a.size:
-            ra, rb = self.find(a), self.find(b)
-            differ = ra != rb
+            roots_a, roots_b = self.find(a), self.find(b)
+            differ = roots_a != roots_b
             if not differ.any():
                 return
-            a, b, ra, rb = a[differ], b[differ], ra[differ], rb[differ]
-            low, high = np.minimum(ra, rb), np.maximum(ra, rb)
-            # Hook each larger root below the smallest partner; what that missed is done in the
-            # next round.
-            np.minimum.at(self._parent, high, low)
-            pins = self._pin[high]
-            if pins.any():
-                roots = self.find(high)
-                new = (pins > 0) & (self._pin[roots] == 0)
-                self._pin[roots[new]] = pins[new]
-            self.version += 1
+            # The next round unites the pairs that are still apart.
+            a, b = a[differ], b[differ]
+            self._attach(roots_a[differ], roots_b[differ])
+
+    def _pin_partners_of_zero(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """Pin labels whose partner is 0, and return the pairs in which none is."""
+        if a.all() and b.all():
+            return a, b
+        fixed = (a == 0) != (b == 0)
+        if fixed.any():
+            self.pin(np.where(a == 0, b, a)[fixed], reason=1)
+        both = (a != 0) & (b != 0)
+        return a[both], b[both]
+
+    def _attach(self, roots_a: Array, roots_b: Array) -> None:
+        """Attach the larger root of each pair to its smallest partner, and hand its pin on."""
+        low, high = np.minimum(roots_a, roots_b), np.maximum(roots_a, roots_b)
+        np.minimum.at(self._parent, high, low)
+        pins = self._pin[high]
+        if pins.any():
+            roots = self.find(high)
+            new = (pins > 0) & (self._pin[roots] == 0)
+            self._pin[roots[new]] = pins[new]
+        self.version += 1
 
     def pin(self, labels: Array, reason: int) -> None:
-        """Forbid the removal of these labels' units. The first reason (a positive number)
-        stays.
+        """Forbid the removal of the units of these labels.
+
+        Parameters
+        ----------
+        labels:
+            Any array of labels; 0 is ignored.
+        reason:
+            Number of the reason, positive. A unit that is pinned already keeps its first reason.
         """
         if not self.pinning:
             return
@@ -161,18 +208,20 @@ class Units:
             self.version += 1
 
     def reasons(self, labels: Array) -> npt.NDArray[np.int32]:
-        """The number of the reason for which each label's unit is pinned, 0 where it is not."""
+        """Return the number of the reason why each label's unit is pinned, 0 where it is not."""
         return self._pin[self.find(labels)]
 
 
 def varied(labels: npt.NDArray[Any]) -> tuple[int, ...]:
-    """The dimensions along which an array of labels varies."""
-    # a generator takes twice as long
+    """Return the dimensions along which an array of labels varies: those of size above 1."""
+    # a list is twice as fast as a generator here
     return tuple([d for d, size in enumerate(labels.shape) if size > 1])
 
 
 def compact(labels: Array) -> Array:
     """Reduce every dimension along which the labels are constant to size 1.
+
+    The result may be a view of ``labels``.
 
     >>> compact(np.array([[1, 2], [1, 2]])).shape
     (1, 2)
@@ -185,7 +234,7 @@ def compact(labels: Array) -> Array:
                 and labels[(0,) * labels.ndim]
                 != labels[(0,) * d + (-1,) + (0,) * (labels.ndim - d - 1)]
             ):
-                continue  # the usual case, seen at two corners
+                continue  # the usual case: comparing two corners is enough
             if labels.strides[d] == 0 or np.array_equal(
                 np.broadcast_to(first, labels.shape), labels
             ):
@@ -194,13 +243,25 @@ def compact(labels: Array) -> Array:
 
 
 def alive_mask(labels: Iterable[Array], alive: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Which elements survive: the conjunction over fields of ``alive[label]``, compact
-    (broadcastable to the tensor).
+    """Return which elements of a tensor survive.
+
+    Parameters
+    ----------
+    labels:
+        The label arrays of the tensor's fields.
+    alive:
+        For each label, whether it survives.
+
+    Returns
+    -------
+    numpy.ndarray
+        True where the labels of all fields survive. It broadcasts to the tensor's shape. A tensor
+        without fields survives as a whole: the result then has no dimensions.
     """
     mask: npt.NDArray[np.bool_] | None = None
     for array in labels:
-        own = alive[array]
-        mask = own if mask is None else mask & own
+        survives = alive[array]
+        mask = survives if mask is None else mask & survives
     if mask is None:
         return np.ones((), dtype=bool)
     return mask

@@ -1,6 +1,7 @@
-"""Which channels are coupled: units, groups, balance partitions, and what is pinned and why.
+"""Analysis of which channels must be pruned together: units, groups, balanced blocks and pins.
 
-The model runs once on labels (``labelling``); the result is read off (``reading``).
+``labelling`` runs the model on labels and unites labels that belong together. ``reading`` reads
+the groups off the result.
 """
 
 from fxprune.coupling.labelling import Labelling, Terms

@@ -1,5 +1,6 @@
-"""Runs a traced graph on labels: node by node, so that every fx node is seen as the ATen ops it
-executes.
+"""Propagation of labels through ATen operations.
+
+A node of a graph is seen as the ATen operations that it executes.
 """
 
 from __future__ import annotations
@@ -23,9 +24,14 @@ __all__ = ["LabelMode", "keeps_order", "run_node", "seen_whole", "takes_statisti
 
 
 class LabelMode(dispatch.DispatchMode):
-    """Sees every ATen op on meta tensors and lets its rule carry the labels on.
+    """A dispatch mode that intercepts every ATen op and propagates labels by the op's rule.
 
     Enter it together with ``torch.inference_mode()``, under which composite ops arrive whole.
+
+    Parameters
+    ----------
+    context:
+        Holds the labels and records what ran.
     """
 
     def __init__(self, context: Context) -> None:
@@ -48,7 +54,7 @@ class LabelMode(dispatch.DispatchMode):
                 )
             if self.context.weights is not None:
                 _follow_weights(self.context, self.context.weights, func, args, kwargs, out)
-            # whose sizes are no numbers
+            # the sizes of nested tensors are no numbers
             nested = any(tensor.is_nested for tensor in dispatch.tensors_in(args, kwargs))
             if not nested and op_macs(func, args, kwargs, out):
                 self.context.found.contractions.append(
@@ -59,57 +65,65 @@ class LabelMode(dispatch.DispatchMode):
             return func.decompose(*args, **kwargs)
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op, label its result by its rule, and return the result.
+
+        Labels of operands are pinned if the op has no rule.
+        """
         ctx = self.context
         ctx.found.ran.setdefault(ctx.node, []).append((func, args, kwargs))
-        own = ops.find(func)
+        row = ops.find(func)
         tensors = dispatch.tensors_in(args, kwargs)
         labelled = any(t in ctx.records for t in tensors)
-        if not labelled and (
-            own is None or not (own.kind is Kind.CREATES or _makes_axes(func, tensors))
-        ):
+        makes_labels = row is not None and (row.kind is Kind.CREATES or _makes_axes(func, tensors))
+        if not labelled and not makes_labels:
             return run(func, args, kwargs)
-        if not tensors:
-            out = (
-                run(func, args, {**kwargs, "device": dispatch.META})
-                if _makes_floats(kwargs)
-                else func(*args, **kwargs)
-            )
-        else:
-            out = run(func, args, kwargs)
-        if own is None:
+        out = run(func, args, kwargs) if tensors else _create(func, args, kwargs)
+        if row is None:
             ctx.found.positional.add(ctx.node)
             for tensor in tensors:
                 ctx.pin_all(ctx.fields(tensor), f"{func._schema.name} has no rule")
         elif labelled or out.is_floating_point():
-            bound = ops.bind(func, args, kwargs)
-            self._follow(own, func, bound, out)
-            if not keeps_order(ctx, own, bound):
-                ctx.found.positional.add(ctx.node)
-            if own.kind is Kind.MOVES and ctx.node in ctx.found.positional:
-                ctx.found.moved.add(ctx.node)
+            self._label_result(row, func, ops.bind(func, args, kwargs), out)
         return out
 
-    def _follow(self, own: ops.Op, func: Any, bound: dict[str, Any], out: Any) -> None:
-        """Let an op's rule say what its result carries."""
+    def _label_result(self, row: ops.Op, func: Any, bound: dict[str, Any], out: Any) -> None:
+        """Label the result of an op, and note whether the op tells positions apart."""
         ctx = self.context
-        if own.of_user:
+        self._follow(row, func, bound, out)
+        if not keeps_order(ctx, row, bound):
+            ctx.found.positional.add(ctx.node)
+        if row.kind is Kind.MOVES and ctx.node in ctx.found.positional:
+            ctx.found.moved.add(ctx.node)
+
+    def _follow(self, row: ops.Op, func: Any, bound: dict[str, Any], out: Any) -> None:
+        """Label the result of an op by its rule."""
+        ctx = self.context
+        if row.of_user:
             ctx.found.trusted.add(func._schema.name)
         try:
-            own.follow(ctx, func, bound, out)
+            row.follow(ctx, func, bound, out)
         except Exception as error:
-            # A node that is named is tried again without pruning what enters it; who wrote a rule
-            # wants to see that it fails.
-            node = "" if own.of_user else ctx.node
+            # An error that names a node makes the caller try again with the node's operands
+            # pinned. The author of a rule has to see it fail, so then no node is named.
+            node = "" if row.of_user else ctx.node
             raise RewriteError(
                 f"the rule of {func._schema.name} failed at {ctx.node!r}: {error!r}", node
             ) from error
 
 
+def _create(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an op that makes a tensor from none: without data if that is of floating point."""
+    if _makes_floats(kwargs):
+        return run(func, args, {**kwargs, "device": dispatch.META})
+    return func(*args, **kwargs)
+
+
 def _follow_weights(
     ctx: Context, weights: Context, func: Any, args: Any, kwargs: Any, out: Any
 ) -> None:
-    """Carry the labels of parameters on to what is computed from parameters alone: a product with
-    it reads their axes.
+    """Propagate the labels of parameters to results computed from parameters alone.
+
+    A product with such a result reads the parameters' axes.
     """
     tensors = dispatch.tensors_in(args, kwargs)
     if not tensors or not all(map(ctx.of_weights, tensors)):
@@ -118,41 +132,57 @@ def _follow_weights(
         if tensor not in weights.records:
             known = ctx.records[tensor]
             weights.parameter(tensor, known.name, known.axes)
-    own = ops.find(func)
-    if own is not None:
-        own.follow(weights, func, ops.bind(func, args, kwargs), out)
+    row = ops.find(func)
+    if row is not None:
+        row.follow(weights, func, ops.bind(func, args, kwargs), out)
     for leaf in dispatch.tensors_in((out,), {}):
         weights.records.setdefault(leaf, ops.Record(leaf, []))
 
 
-def keeps_order(ctx: Context, own: ops.Op, bound: Mapping[str, Any]) -> bool:
-    """Whether an op commutes with removal (see :attr:`fxprune.ops.Op.in_order`)."""
-    return own.in_order if isinstance(own.in_order, bool) else own.in_order(ctx, bound)
+def keeps_order(ctx: Context, row: ops.Op, bound: Mapping[str, Any]) -> bool:
+    """Tell whether an op commutes with removal (see :attr:`fxprune.ops.Op.in_order`).
+
+    Parameters
+    ----------
+    ctx:
+        The labels.
+    row:
+        The op's row in the table of operations.
+    bound:
+        The arguments of the call, by name.
+    """
+    return row.in_order if isinstance(row.in_order, bool) else row.in_order(ctx, bound)
 
 
 def seen_whole(func: Any) -> bool:
-    """Whether an op is seen as one: it has a rule, or nothing smaller is known of it."""
+    """Tell whether an op is followed as it is, not decomposed.
+
+    That is so if it has a rule, or cannot be decomposed.
+    """
     return ops.find(func) is not None or not dispatch.is_composite(func)
 
 
 def takes_statistics(func: Any) -> bool:
-    """Whether an op takes statistics over the surviving elements only
-    (:meth:`fxprune.ops.Context.statistic`).
+    """Tell whether an op takes statistics over the surviving elements only.
+
+    See :meth:`fxprune.ops.Context.statistic`.
     """
-    own = ops.own_row(func)
-    return own is not None and own.survivors is not None
+    row = ops.own_row(func)
+    return row is not None and row.survivors is not None
 
 
 def _makes_axes(func: Any, tensors: list[Tensor]) -> bool:
-    """Whether an op makes large dimensions of small ones, which shrink with what they meet as
-    those of ``zeros`` do.
+    """Tell whether an op makes large dimensions from small ones.
+
+    Like those of ``zeros``, they shrink with whatever they meet.
     """
-    return ops.has(ops.name_of_op(func), ops.Trait.GROWS) and all(
-        t.is_meta and t.is_floating_point() for t in tensors
-    )
+    if not ops.has(ops.name_of_op(func), ops.Trait.GROWS):
+        return False
+    return all(tensor.is_meta and tensor.is_floating_point() for tensor in tensors)
 
 
 def _makes_floats(kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a call that creates a tensor makes a floating-point one."""
     dtype = kwargs.get("dtype")
     return dtype is None or dtype.is_floating_point
 
@@ -164,7 +194,20 @@ def run_node(
     value_of: Callable[[fx.Node], Any],
     prefix: str = "",
 ) -> Any:
-    """Execute one node under labels and return its value.
+    """Execute one node, propagate labels through it, and return its value.
+
+    Parameters
+    ----------
+    context:
+        Holds the labels.
+    root:
+        The module of the graph.
+    node:
+        The node.
+    value_of:
+        Gives the value of each node that is an argument.
+    prefix:
+        Goes before the node's name in what is recorded.
 
     Raises
     ------
@@ -172,9 +215,8 @@ def run_node(
         If the node cannot be executed; it carries the node's name.
     """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
-    context.node, context.target = prefix + node.name, node.target
     try:
-        with LabelMode(context):
+        with context.at(prefix + node.name, target=node.target), LabelMode(context):
             return execute(root, node, args, kwargs)
     except RewriteError:
         raise

@@ -1,6 +1,4 @@
-"""What the analysis finds: groups of units, what is pinned and why, and what each element of a
-parameter belongs to.
-"""
+"""The result of the analysis: groups of units, pinned axes with their reasons, and labels."""
 
 from __future__ import annotations
 
@@ -29,21 +27,31 @@ __all__ = ["KEPT", "OUTPUT", "Axis", "Coupling", "Group", "Pinned", "check_coupl
 
 
 KEPT = "is kept by request"
-"""The reason of a pin that the caller asked for."""
+"""The reason of a pin that the caller asks for."""
 
 
 OUTPUT = "is an output of the model"
-"""The reason of a pin of what the model gives."""
+"""The reason of a pin on an output of the model."""
 
 
 @public
 @dataclass(frozen=True, order=True)
 class Axis:
-    """A segment of one axis of a parameter (or buffer): positions ``start`` to ``stop`` of
-    ``length``.
+    """A segment of one axis of a parameter or buffer.
 
-    An axis that is a product (heads x head dimension, laid flat) can bear several labellings:
-    ``layer`` counts them.
+    Attributes
+    ----------
+    parameter:
+        Name of the parameter or buffer.
+    dim:
+        Dimension of the axis.
+    start, stop:
+        The segment's positions: ``start`` is the first, ``stop`` is one after the last.
+    length:
+        Size of the whole axis.
+    layer:
+        Number of the field that labels the segment. It is above 0 where several fields label one
+        axis, as on a flattened product of heads and head dimension.
 
     >>> str(Axis("conv.weight", 0, 0, 64, 64)), str(Axis("fc.weight", 1, 8, 16, 64))
     ('conv.weight:0', 'fc.weight:1[8:16]')
@@ -70,11 +78,23 @@ class Axis:
 @public
 @dataclass(frozen=True)
 class Group:
-    """Units that compete with each other: they lie on the same axes.
+    """Units that compete on the same axes.
 
-    ``blocks`` is the number of balanced blocks (0: none); ``normalised`` names the nodes that take
-    statistics over this group, over its survivors in the pruned model; ``units`` are their labels,
-    shape (size,), ascending, read-only.
+    Attributes
+    ----------
+    name:
+        The first axis of the group, as text.
+    size:
+        Number of units.
+    axes:
+        Segments of parameter axes on which the units lie.
+    blocks:
+        Number of balanced blocks, which keep equally many units; 0 if there are none.
+    normalised:
+        Names of the nodes that take statistics over this group. In the pruned model, these are
+        statistics over the survivors.
+    units:
+        Labels of the units: shape (size,), ascending, read-only.
     """
 
     name: str
@@ -95,7 +115,7 @@ class Group:
 @public
 @dataclass(frozen=True)
 class Pinned:
-    """Axes that keep their size, the reason, and the fx node that gave it."""
+    """Axes that are never pruned, the reason, and the fx node that gave it."""
 
     axes: tuple[Axis, ...]
     reason: str
@@ -115,18 +135,35 @@ class Coupling:
 
     Attributes
     ----------
-    groups, pinned:
-        What can be pruned together, and what cannot be pruned.
+    groups:
+        The groups of units that can be pruned.
+    pinned:
+        The axes that cannot be pruned, with the reasons.
     untouched:
-        Parameters that no executed op met; they stay as they are.
+        Names of parameters that no executed op met. They stay as they are.
     decisions:
         Control flow that was decided while tracing, one line each.
+    graph:
+        The coupling graph (see :meth:`to_networkx`).
+    meta_copy:
+        The model that was traced.
+    traces:
+        Its graphs.
+    context:
+        The labels of all tensors of the labelled run.
+    balance:
+        The balance constraints of the units.
+    parameters:
+        Parameters and buffers of the meta copy, by name.
+    contractions:
+        The operations that cost MACs, in evaluation mode.
     example:
-        What the model is called with, in shapes; in values where its Python has run on them.
+        What the model is called with: meta tensors, or values where its Python code runs on them.
     not_one_graph:
-        What keeps the model from being one graph, with the line; empty if it is one.
+        Why the model is not one graph, with the line; empty if it is.
     untrained:
-        Why the graph is evaluation's alone, with the line; empty if it is not.
+        Why there is a graph for evaluation mode only, with the line; empty if there is one for
+        training mode, too.
     """
 
     groups: tuple[Group, ...]
@@ -139,7 +176,7 @@ class Coupling:
     context: Context
     balance: Balance
     parameters: dict[str, Tensor]
-    contractions: tuple[Contraction, ...]  # in evaluation mode
+    contractions: tuple[Contraction, ...]
     example: Call = field(default_factory=lambda: Call((), {}))
     not_one_graph: str = ""
     untrained: str = ""
@@ -150,39 +187,41 @@ class Coupling:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Paths of the modules that were traced one by one; empty if the model was traced
-        whole.
-        """
-        return tuple(dict.fromkeys(own.path for own in self.traces if own.path))
+        """Paths of the parts of the model; empty if it was traced whole."""
+        return tuple(dict.fromkeys(traced.path for traced in self.traces if traced.path))
 
     @property
     def not_set(self) -> tuple[str, ...]:
-        """Attributes that forward sets to what it computes of the inputs; nothing reads them, and
-        graphs do not set them.
+        """Names of attributes that forward sets to values computed from the inputs.
+
+        No graph sets them, because nothing reads them.
         """
-        return tuple(
-            dict.fromkeys(
-                f"{own.path}.{name}".lstrip(".") for own in self.traces for name in own.not_set
-            )
-        )
+        names: dict[str, None] = {}
+        for traced in self.traces:
+            for name in traced.not_set:
+                names[f"{traced.path}.{name}".lstrip(".")] = None
+        return tuple(names)
 
     @functools.cached_property
     def units(self) -> Array:
-        """The labels of all units, ascending; shape (units,)."""
+        """Labels of the units of all groups: shape (units,), ascending."""
         return np.sort(
             np.concatenate([np.zeros(0, dtype=np.int64), *(group.units for group in self.groups)])
         )
 
     @public
     def to_networkx(self) -> nx.Graph:
-        """The coupling graph: nodes are :class:`Axis`, edges have ``nodes``, the fx nodes that
-        tied the two ends.
+        """Return a copy of the coupling graph.
+
+        Its nodes are :class:`Axis` objects. The attribute ``nodes`` of an edge names the fx nodes
+        that tied its two ends.
         """
         return self.graph.copy()
 
     def labels(self, tensor: Any) -> list[Array]:
-        """The live labels of a tensor of the labelled run, one array per field; not to be
-        changed.
+        """Return the live labels of a tensor of the labelled run, one array per field.
+
+        The list is empty if the tensor has no labels. It must not be changed.
         """
         known = self._labels.get(tensor)
         if known is None:
@@ -193,21 +232,20 @@ class Coupling:
         return known
 
     def wide_dims(self, tensor: Any) -> list[int]:
-        """Dimensions of a tensor between parts that keep their size, because Python code that is
-        not traced reads them.
+        """Return the labelled dimensions of a tensor between parts that keep their size.
+
+        They do because Python code that is not traced has to see them at full width.
         """
         wide = self.context.found.wide
-        return sorted(
-            {
-                self.shrinking_dim(a)
-                for a in self.labels(tensor)
-                if wide and np.isin(a, wide[0]).any()
-            }
-        )
+        if not wide:
+            return []
+        found = [array for array in self.labels(tensor) if np.isin(array, wide[0]).any()]
+        return sorted({self.shrinking_dim(array) for array in found})
 
     def shrinking_dim(self, labels: Array) -> int:
-        """Along which dimension a tensor with these live labels gets smaller
-        (:func:`fxprune.coupling.balance.shrinking_dim`).
+        """Return the dimension along which a tensor with these live labels gets smaller.
+
+        See :func:`fxprune.coupling.balance.shrinking_dim`.
         """
         if labels not in self._dims:
             self._dims[labels] = shrinking_dim(labels, self.balance.block)
@@ -219,66 +257,87 @@ class Coupling:
         shape: Callable[[Tensor], Sequence[int]] | None = None,
         of: Iterable[Contraction] | None = None,
     ) -> int:
-        """Multiply-accumulates of the example's batch.
+        """Return the number of MACs (multiply-accumulates) of the model on the example.
 
-        ``shape`` gives another size to each tensor of the labelled run; ``of`` are the
-        contractions that count, default: all.
+        Parameters
+        ----------
+        shape:
+            Gives the shape to count with for each tensor of the labelled run; by default its own.
+        of:
+            The contractions to count; by default all.
+
+        Raises
+        ------
+        ArgumentError
+            If ``shape`` is not callable.
         """
         if shape is not None and not callable(shape):
             raise ArgumentError(
                 f"shape is {shown(shape)}: give a function from a tensor to its sizes, or None."
             )
-        return round(
-            sum(ran.share * ran.macs(shape) for ran in (self.contractions if of is None else of))
-        )
+        contractions = self.contractions if of is None else of
+        return round(sum(ran.share * ran.macs(shape) for ran in contractions))
 
     @public
     def pinned_macs(self) -> dict[str, float]:
-        """For each reason of a pin the share of the multiply-accumulates that it holds, the
-        largest first.
+        """Return the share of the MACs that each reason of a pin keeps, the largest first.
 
-        Those of a layer count for its two channel axes in equal parts, and for an axis as far as
-        its positions stay: where all inputs and half of the outputs stay, three quarters of them
-        are held, one half and one quarter by two reasons.
+        The MACs of a layer count in equal parts for its two channel axes. An axis counts in
+        proportion to its pinned positions. If all inputs and half of the outputs of a layer are
+        pinned, one reason keeps one half of its MACs and the other one quarter.
+
+        Returns
+        -------
+        dict
+            Reason -> share of all MACs, between 0 and 1.
         """
-        held: dict[tuple[str, int], list[tuple[str, Fraction]]] = {}
-        for pinned in self.pinned:
-            for axis in pinned.axes:
-                part = Fraction(axis.stop - axis.start, axis.length)
-                held.setdefault((axis.parameter, axis.dim), []).append((pinned.reason, part))
+        pinned = self._pinned_parts()
         names = IdentityMap((tensor, name) for name, tensor in self.parameters.items())
         shares: dict[str, Fraction] = {}
         for ran in self.contractions:
-            channels = 2 if is_convolution(ran.func) else None  # its other axes are the kernel's
-            weights = [t for t in ran.read if t.dim() > 1 and self.context.of_weights(t)]
-            axes = [
-                (weight, dim)
-                for weight in weights
-                for dim, size in enumerate(weight.shape[:channels])
-                if size > 1
-            ]
+            axes = self._channel_axes(ran)
             for weight, dim in axes:
-                for reason, part in (
-                    held.get((names[weight], dim), ())
-                    if weight in names
-                    else self._held(weight, dim)
-                ):
-                    shares[reason] = shares.get(
-                        reason, Fraction(0)
-                    ) + ran.share * ran.macs() * part / len(axes)
+                if weight in names:
+                    reasons = pinned.get((names[weight], dim), [])
+                else:
+                    reasons = self._pinned_part_of_result(weight, dim)
+                for reason, part in reasons:
+                    macs = ran.share * ran.macs() * part / len(axes)
+                    shares[reason] = shares.get(reason, Fraction(0)) + macs
         total = self.macs() or 1
-        return {
-            reason: float(share / total)
-            for reason, share in sorted(shares.items(), key=lambda item: -item[1])
-        }
+        largest_first = sorted(shares.items(), key=lambda item: -item[1])
+        return {reason: float(share / total) for reason, share in largest_first}
 
-    def _held(self, weight: Tensor, dim: int) -> list[tuple[str, Fraction]]:
-        """Why an axis stays of a weight that forward computes."""
+    def _pinned_parts(self) -> dict[tuple[str, int], list[tuple[str, Fraction]]]:
+        """Return for each axis of a parameter the reasons of pins, and the parts they keep."""
+        parts: dict[tuple[str, int], list[tuple[str, Fraction]]] = {}
+        for pinned in self.pinned:
+            for axis in pinned.axes:
+                part = Fraction(axis.stop - axis.start, axis.length)
+                parts.setdefault((axis.parameter, axis.dim), []).append((pinned.reason, part))
+        return parts
+
+    def _channel_axes(self, ran: Contraction) -> list[tuple[Tensor, int]]:
+        """Return the channel axes of the weights that a contraction reads."""
+        channels = 2 if is_convolution(ran.func) else None  # the other axes are the kernel's
+        axes = []
+        for weight in ran.read:
+            if weight.dim() > 1 and self.context.of_weights(weight):
+                sizes = enumerate(weight.shape[:channels])
+                axes += [(weight, dim) for dim, size in sizes if size > 1]
+        return axes
+
+    def _pinned_part_of_result(self, weight: Tensor, dim: int) -> list[tuple[str, Fraction]]:
+        """Return why an axis of a weight that forward computes is kept, and how much of it.
+
+        The list is empty if the axis has labels.
+        """
         if any(labels.shape[dim] > 1 for labels in self.labels(weight)):
             return []
         return [(self.context.why_fixed([weight], dims=[dim])[0], Fraction(1))]
 
     def _parameter(self, name: str) -> Tensor:
+        """Return the parameter of this name, or raise an error if there is none."""
         if not isinstance(name, str) or name not in self.parameters:
             raise ArgumentError(
                 f"{shown(name)} is no parameter of the model that was analysed: they are the "
@@ -286,8 +345,9 @@ class Coupling:
             )
         return self.parameters[name]
 
-    def _own(self, group: Group) -> Group:
-        if not isinstance(group, Group) or not any(group is own for own in self.groups):
+    def _check_group(self, group: Group) -> Group:
+        """Return the group, or raise an error if it belongs to another coupling."""
+        if not isinstance(group, Group) or not any(group is known for known in self.groups):
             raise ArgumentError(
                 f"{shown(group)} is no group of this coupling: give one of its .groups."
             )
@@ -295,8 +355,25 @@ class Coupling:
 
     @public
     def role(self, name: str, dim: int) -> str:
-        """What a parameter's axis is to its units: ``"own"`` (their filters, biases), ``"scale"``
-        (of a normalisation), or ``"dependent"`` (what the next layers read them with).
+        """Return the role of a parameter's axis for the units on it.
+
+        Parameters
+        ----------
+        name:
+            Name of the parameter.
+        dim:
+            Dimension of the axis.
+
+        Returns
+        -------
+        str
+            ``"own"`` for filters and biases of the units, ``"scale"`` for the scale of a
+            normalisation, ``"dependent"`` for the weights with which later layers read the units.
+
+        Raises
+        ------
+        ArgumentError
+            If there is no such parameter or axis.
         """
         tensor = self._parameter(name)
         if not isinstance(dim, int) or not 0 <= dim < max(tensor.dim(), 1):
@@ -311,32 +388,58 @@ class Coupling:
 
     @public
     def parameter_labels(self, name: str) -> list[Array]:
-        """The live labels of a parameter of the meta copy."""
+        """Return the live labels of a parameter, one array per field.
+
+        Raises
+        ------
+        ArgumentError
+            If there is no such parameter.
+        """
         return self.labels(self._parameter(name))
 
     @public
     def elements(self, group: Group) -> dict[str, list[Tensor]]:
-        """For each parameter of a group: the unit's index in the group at each element, -1 where
-        none of its units lies.
+        """Return which unit of a group each element of the group's parameters belongs to.
 
-        Every tensor is broadcastable to the parameter's shape; a parameter on which the group lies
-        twice has two.
+        Returns
+        -------
+        dict
+            Name of a parameter -> integer tensors that broadcast to its shape. An entry is the
+            index of the unit in the group, or -1 where no unit of the group lies. A parameter has
+            two tensors if the group lies on it twice.
+
+        Raises
+        ------
+        ArgumentError
+            If the group belongs to another coupling.
         """
-        group = self._own(group)
+        group = self._check_group(group)
         index = np.full(self.context.units.count, -1, dtype=np.int64)
         index[group.units] = np.arange(group.size)
-        out: dict[str, list[Tensor]] = {}
+        elements: dict[str, list[Tensor]] = {}
         for name in dict.fromkeys(axis.parameter for axis in group.axes):
-            own = [index[labels] for labels in self.parameter_labels(name)]
-            out[name] = [torch.from_numpy(a) for a in own if (a >= 0).any()]
-        return out
+            indices = [index[labels] for labels in self.parameter_labels(name)]
+            elements[name] = [torch.from_numpy(array) for array in indices if (array >= 0).any()]
+        return elements
 
     @public
     def blocks(self, group: Group) -> Tensor:
-        """The block of each unit of a group: units may only be exchanged within one. All zero
-        without balance.
+        """Return the number of the block in which each unit of a group lies.
+
+        Every block keeps a number of units of its own, so one unit can be pruned instead of
+        another only within a block. All numbers are 0 if the group is not balanced.
+
+        Returns
+        -------
+        torch.Tensor
+            Integers, shape (size,).
+
+        Raises
+        ------
+        ArgumentError
+            If the group belongs to another coupling.
         """
-        cells = self.balance.cell[self._own(group).units]
+        cells = self.balance.cell[self._check_group(group).units]
         return torch.from_numpy(np.unique(cells, return_inverse=True)[1].reshape(-1))
 
     def __str__(self) -> str:
@@ -345,9 +448,8 @@ class Coupling:
         if self.pinned:
             lines.append("pinned")
             lines += [f"  {p}" for p in self.pinned]
-            shares = [
-                f"{share:.1%} because it {reason}" for reason, share in self.pinned_macs().items()
-            ]
+            share_of_reason = self.pinned_macs().items()
+            shares = [f"{share:.1%} because it {reason}" for reason, share in share_of_reason]
             lines += [f"multiply-accumulates held: {', '.join(shares)}"] if shares else []
         if self.untouched:
             lines.append(f"untouched: {', '.join(self.untouched)}")
@@ -362,11 +464,14 @@ class Coupling:
 
 
 def check_coupling(coupling: Any, model: Any) -> None:
-    """Refuse what is no analysis of a model.
+    """Raise an error unless ``coupling`` is the analysis of a model like ``model``.
 
     Raises
     ------
-    ModelError, ArgumentError
+    ModelError
+        If ``model`` is no module.
+    ArgumentError
+        If ``coupling`` is no :class:`Coupling`, or that of another architecture.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module as model, got a {type(model).__name__}.")

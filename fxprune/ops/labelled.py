@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,24 @@ class Labelled:
         self.edges: dict[tuple[int, int], dict[str, None]] = {}
         self.fixed_axes: dict[int, int] = {}
         self.ties: dict[int, Array] = {}
+
+    @contextmanager
+    def at(self, node: str, *, target: Any = None) -> Iterator[None]:
+        """Attribute what is recorded inside this context to a node.
+
+        Parameters
+        ----------
+        node:
+            Name of the node, with the prefix of its part.
+        target:
+            What the node calls, if an operation is followed inside.
+        """
+        before = self.node, self.target
+        self.node, self.target = node, target
+        try:
+            yield
+        finally:
+            self.node, self.target = before
 
     def parameter(
         self,

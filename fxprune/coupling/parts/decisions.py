@@ -1,12 +1,12 @@
-"""Which ways a model's Python can go for other values.
+"""The ways that a model's Python code can take for other values of its inputs.
 
-Where a question about values (``if mask.all()``) is answered otherwise, the parts may be called in
-another order, and channels are tied there as well. So each question is put once more, answered the
-other way, and what the model does then is followed, too.
+A *question* is a condition on values of tensors (``if mask.all()``). If the answer is another one,
+the model may call its parts in another order, which ties other channels. So the model runs again
+for each question, with the opposite answer.
 
-What Python does with numbers that it takes out of tensors (lengths, counts, ids) cannot be known,
-unless its code has no branch that could go by them: where it has one, nothing is removed between
-parts.
+Python code may also take numbers out of tensors (lengths, counts, ids). What it does with them is
+unknown, unless it has no branch that could depend on them. If it has one, no channel between parts
+is removed.
 """
 
 from __future__ import annotations
@@ -45,43 +45,49 @@ __all__ = [
 ]
 
 Answers = tuple[bool, ...]
+"""Answers to the first questions of a run, in order."""
 
 WHOLE = frozenset({"__array__", "__dlpack__", "numpy", "tolist"})
-"""What hands all values of a tensor to Python."""
+"""Functions that give Python all values of a tensor."""
 
 _NUMBER_METHODS = frozenset({"__int__", "__float__", "__complex__", "__index__"})
 _READ = WHOLE | _NUMBER_METHODS | {"__bool__", "__contains__"}
-"""What hands any of them to Python, which may then do something else for other values, beside
-operations that do.
+"""Functions that give Python values of a tensor.
+
+For other values, Python may then do something else. Operations with ``Trait.READS_VALUES`` do the
+same.
 """
 
-_MOST_WAYS = 16  # ways that are followed
-# of a loop: what ties channels from one turn to the next is seen in the second, and the third is
-# as all later ones
+_MOST_WAYS = 16  # upper limit on the number of ways that are followed
+# How often one question counts as new: the second pass of a loop shows what ties channels from one
+# pass to the next, and the third one is like all later ones.
 _TURNS = 3
 
 
 class Decisions(TorchFunctionMode):
-    """Sees which values Python reads while a model runs, and answers its questions about them as
-    it is told.
+    """A mode that records which values Python reads while a model runs, and answers questions.
+
+    It counts only values that depend on weights, inputs or random numbers.
 
     Parameters
     ----------
-    weights, inputs:
-        Tensors of the model, and of its caller; what is computed of either is known as such.
+    weights:
+        Tensors of the model. Only floating-point and complex ones are followed.
+    inputs:
+        Tensors of the caller.
     answers:
-        To the first questions, in order; later ones get the true answer.
+        Answers to the first questions, in order. Later questions get the true answer.
 
     Attributes
     ----------
     asked:
-        The line of each question about values that depend on weights, inputs or chance, and its
-        answer.
+        The line of each question and its answer.
     between:
-        Those of them that are not asked inside a part.
+        The same for questions that are not asked inside a part.
+    inside:
+        Whether a part is running.
     taken_out:
-        The first line that takes numbers out which depend on weights, inputs or chance; empty if
-        there is none.
+        The first line that takes numbers out of tensors; empty if there is none.
     """
 
     def __init__(
@@ -89,13 +95,12 @@ class Decisions(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._of_inputs: Any = WeakTensorKeyDictionary((tensor, None) for tensor in inputs)
-        self._of_weights: Any = WeakTensorKeyDictionary(
-            (t, None) for t in weights if t.is_floating_point() or t.is_complex()
-        )
+        followed_weights = [t for t in weights if t.is_floating_point() or t.is_complex()]
+        self._of_weights: Any = WeakTensorKeyDictionary((t, None) for t in followed_weights)
         self.answers = answers
         self.asked: list[tuple[str, bool]] = []
         self.between: list[tuple[str, bool]] = []
-        self.inside = False  # a part
+        self.inside = False
         self.taken_out = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,25 +109,26 @@ class Decisions(TorchFunctionMode):
         if name in _READ or has(name, Trait.READS_VALUES):
             return self._read(name, tensors_of((args, kwargs)), out)
         if type(out) is torch.Size or not isinstance(out, (Tensor, tuple, list, type(None))):
-            return out  # it says something of a tensor, and makes none
+            return out  # a fact about a tensor, no new tensor
         given = tensors_of((args, kwargs))
         for known in (self._of_weights, self._of_inputs):
             if any(tensor in known for tensor in given) or (
                 known is self._of_weights and _draws_numbers(name)
             ):
-                # None: what is written into
+                # If it returns None, it writes into its first tensor.
                 for leaf in tree_leaves(out) if out is not None else given[:1]:
                     if isinstance(leaf, Tensor):
                         known[leaf] = None
         return out
 
     def _read(self, name: str, given: list[Tensor], value: Any) -> Any:
+        """Record that Python reads a value of the given tensors; return the value it gets."""
         of_weights = any(tensor in self._of_weights for tensor in given)
         if not of_weights and not any(tensor in self._of_inputs for tensor in given):
             return value
         if isinstance(value, bool):
-            place = len(self.asked)
-            value = self.answers[place] if place < len(self.answers) else bool(value)
+            index = len(self.asked)
+            value = self.answers[index] if index < len(self.answers) else bool(value)
             self.asked.append((user_line(), value))
             if not self.inside:
                 self.between.append(self.asked[-1])
@@ -133,7 +139,7 @@ class Decisions(TorchFunctionMode):
 
 @contextmanager
 def inside_a_part() -> Iterator[None]:
-    """What is asked inside is asked by a part."""
+    """Mark the questions asked inside this context as questions of a part."""
     asked = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Decisions)]
     for mode in asked:
         mode.inside = True
@@ -146,17 +152,13 @@ def inside_a_part() -> Iterator[None]:
 
 @functools.cache
 def _draws_numbers(name: str) -> bool:
-    """Whether torch's operation of this name draws random numbers."""
-    operation = (
-        getattr(torch.ops.aten, name, None)
-        if name.isidentifier() and not name.startswith("__")
-        else None
-    )
-    overloads = (
-        [getattr(operation, each) for each in operation.overloads()]
-        if operation is not None
-        else []
-    )
+    """Tell whether the ATen operation of this name draws random numbers."""
+    if not name.isidentifier() or name.startswith("__"):
+        return False
+    operation = getattr(torch.ops.aten, name, None)
+    if operation is None:
+        return False
+    overloads = [getattr(operation, each) for each in operation.overloads()]
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
 
 
@@ -167,10 +169,25 @@ def followed(
     answers: Answers,
     *inside: AbstractContextManager[Any],
 ) -> tuple[Any, Decisions]:
-    """What a model returns for a copy of a call, with these answers to its first questions; run
-    under these contexts.
+    """Run a model on a copy of a call, with given answers to its first questions.
 
-    What it writes into its parameters, which are the user's, is undone.
+    Its parameters are the user's, so whatever the model writes into them is undone.
+
+    Parameters
+    ----------
+    model:
+        The model.
+    args, kwargs:
+        The arguments of the call.
+    answers:
+        Answers to the first questions of the run.
+    inside:
+        Contexts in which the model runs.
+
+    Returns
+    -------
+    tuple
+        What the model returns, and the questions that it asked.
     """
     given = tensors_of((args, kwargs))
     args, kwargs = placed(Call(args, kwargs), given[0].device if given else torch.device("cpu"))
@@ -192,18 +209,19 @@ def followed(
 
 
 class Ways:
-    """The ways that a model can go.
+    """The ways that a model can take.
 
     Attributes
     ----------
     answers:
-        For each way all the answers that it gives, so that one decided by chance can be gone
-        again; the first is the example's.
+        For each way, the answers to all its questions. They repeat the way even if it was decided
+        by random numbers. The first way is the example's.
     decided:
-        The line by which it cannot be known where Python goes; empty if it can.
+        The line that makes it impossible to know where Python code goes; empty if all ways are
+        known.
     taken_out:
-        The line that takes out numbers, where no question is put: unless there is a way to turn by
-        them, it is known where Python goes.
+        The line that takes numbers out of tensors, if the model asks no question. All ways are
+        then known only if the code has no branch that depends on such numbers.
     """
 
     def __init__(self, answers: list[Answers], decided: str = "", taken_out: str = "") -> None:
@@ -211,23 +229,23 @@ class Ways:
 
 
 def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
-    """Follow the model for the example, and then each question of it answered the other way.
+    """Find the ways that a model can take, by answering each question both ways.
 
-    A way that ends in an exception which the model raises itself (an example that it would refuse)
-    leads nowhere.
+    A way on which the model itself raises an exception, because it refuses such inputs, is
+    dropped.
 
     Parameters
     ----------
     run:
-        Runs the model with these answers to its first questions.
+        Runs the model with given answers to its first questions.
     """
     first = run(())
+    if first.taken_out and first.asked:
+        return Ways([()], first.taken_out)
     if first.taken_out:
-        return (
-            Ways([()], first.taken_out) if first.asked else Ways([()], taken_out=first.taken_out)
-        )
+        return Ways([()], taken_out=first.taken_out)
     found = [_answers_given(first)]
-    seen, waiting = set(_steps(first)), _others(first)
+    seen, waiting = set(_steps(first)), _opposite_answers(first)
     while waiting:
         answers, step = waiting.pop(0)
         if step in seen:
@@ -243,49 +261,57 @@ def ways_of(run: Callable[[Answers], Decisions]) -> Ways:
             return Ways([()], way.taken_out or step[0])
         found.append(_answers_given(way))
         seen.update(_steps(way))
-        waiting += _others(way)
+        waiting += _opposite_answers(way)
     return Ways(found)
 
 
 Step = tuple[str, int, bool]
-"""A question's line, how often it was put before, and the answer."""
+"""A question's line, how often it was asked before on the same way, and the answer."""
 
 
 def _steps(way: Decisions) -> list[Step]:
+    """Return the questions of a way; counts of earlier ones stop at ``_TURNS - 1``."""
     before: dict[str, int] = {}
-    out = []
+    steps = []
     for line, answer in way.asked:
-        out.append((line, min(before.get(line, 0), _TURNS - 1), answer))
+        steps.append((line, min(before.get(line, 0), _TURNS - 1), answer))
         before[line] = before.get(line, 0) + 1
-    return out
+    return steps
 
 
 def _answers_given(way: Decisions) -> Answers:
+    """Return the answers to all questions of a way."""
     return tuple(answer for _, answer in way.asked)
 
 
-def _others(way: Decisions) -> list[tuple[Answers, Step]]:
-    """For each question of a way the answers that lead to the other one."""
+def _opposite_answers(way: Decisions) -> list[tuple[Answers, Step]]:
+    """Return, for each question of a way, answers with the opposite one, and the new step."""
     given = _answers_given(way)
-    steps = enumerate(_steps(way))
-    return [
-        ((*given[:i], not answer), (line, turn, not answer)) for i, (line, turn, answer) in steps
-    ]
+    others = []
+    for i, (line, turn, answer) in enumerate(_steps(way)):
+        others.append(((*given[:i], not answer), (line, turn, not answer)))
+    return others
 
 
 def is_raised(trace: TracebackType | None, line: str) -> bool:
-    """Whether an exception comes from a ``raise`` or an ``assert`` of the model, or of torch where
-    the question itself was put.
+    """Tell whether the model itself raised an exception, because it refuses such inputs.
 
-    What failed otherwise may well be done for other inputs.
+    That is so if a ``raise`` or an ``assert`` raised it: one of the model's code, or one of torch
+    at the line that asked the question. Code that failed in another way may work on other inputs.
+
+    Parameters
+    ----------
+    trace:
+        The exception's traceback.
+    line:
+        The line of the question.
     """
     frames = traceback.extract_tb(trace)
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     if trace is None:
         return False
-    code, place = trace.tb_frame.f_code, trace.tb_lasti
-    raised = any(
-        at.offset == place and at.opname == "RAISE_VARARGS" for at in dis.get_instructions(code)
-    )
-    return raised and (not is_ours(code.co_filename) or user_line(frames) == line)
+    code = trace.tb_frame.f_code
+    failed = [each for each in dis.get_instructions(code) if each.offset == trace.tb_lasti]
+    is_raise = any(each.opname == "RAISE_VARARGS" for each in failed)
+    return is_raise and (not is_ours(code.co_filename) or user_line(frames) == line)

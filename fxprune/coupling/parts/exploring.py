@@ -1,6 +1,4 @@
-"""How a model runs that is no single graph: which modules are its parts, and on which routes its
-Python calls them.
-"""
+"""Exploration of a model that is not one graph: its parts, and the routes between them."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fxprune.common.contents import leaves_of
@@ -31,14 +29,17 @@ class Explored:
     Attributes
     ----------
     parts:
-        Paths of the largest modules that can be traced.
+        Paths of the largest submodules that can be traced.
     routes:
-        The first is what the model does for the example, in evaluation.
-    decided, by:
-        The line by which it cannot be known where Python goes, and what that decides by; empty if
-        it is known.
+        The runs that differ between parts. The first one is that of the example in evaluation
+        mode.
+    decided:
+        The line that makes it impossible to know where Python code goes; empty if all routes are
+        known.
+    by:
+        What that line decides by: "values" or "sizes of inputs".
     untrained:
-        Why training could not be followed.
+        Why training mode could not be followed; empty if it was.
     """
 
     parts: frozenset[str]
@@ -49,21 +50,23 @@ class Explored:
 
 
 def explore(meta_copy: MetaCopy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explored:
-    """Find the parts of a model, and its routes, by running it for real on a call and on what that
-    leads to.
+    """Find the parts and the routes of a model by running it on data.
+
+    It runs on the given call, and for other answers, other sizes and training mode.
+
+    Parameters
+    ----------
+    meta_copy:
+        The model; copies of it with data run.
+    args, kwargs:
+        The arguments of the call.
     """
     routes = routes_of(meta_copy, args, kwargs)
     found = Finder(meta_copy)
     found.run(args, kwargs, routes.all)
     by = "sizes of inputs" if _add_sized(meta_copy, found, routes, args, kwargs) else "values"
     if routes.taken_out and not routes.decided:
-        real = meta_copy.instance()
-        plain = {replace(route, answers=()) for route in routes.all}
-        if not all(
-            is_straight(real, found.parts, functools.partial(run_route, real, args, kwargs, route))
-            for route in plain
-        ):
-            routes.decided = routes.taken_out
+        routes.decided = _decided_by_numbers(meta_copy, found.parts, routes, args, kwargs)
     return Explored(
         found.parts,
         _differing_between_parts(meta_copy, found.parts, routes.all, args, kwargs),
@@ -74,8 +77,9 @@ def explore(meta_copy: MetaCopy, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _add_sized(meta_copy: MetaCopy, found: Finder, routes: Routes, args: Any, kwargs: Any) -> bool:
-    """Add what the model does for inputs of other sizes, and find the parts that it calls there;
-    whether that is not all.
+    """Add the routes for inputs of other sizes, and find the parts that are called there.
+
+    Return whether there may be further routes, so that ``routes.decided`` was set.
     """
     plain, known, decided = [*routes.all], frozenset[str](), False
     while known != found.parts and not routes.decided:
@@ -93,49 +97,81 @@ def _add_sized(meta_copy: MetaCopy, found: Finder, routes: Routes, args: Any, kw
     return decided
 
 
+def _decided_by_numbers(
+    meta_copy: MetaCopy, parts: frozenset[str], routes: Routes, args: Any, kwargs: Any
+) -> str:
+    """Return the line that takes out numbers, if they may decide where Python code goes."""
+    real = meta_copy.instance()
+    for route in {replace(route, answers=()) for route in routes.all}:
+        run = functools.partial(run_route, real, args, kwargs, route)
+        if not is_straight(real, parts, run):
+            return routes.taken_out
+    return ""
+
+
 def _differing_between_parts(
     meta_copy: MetaCopy, parts: frozenset[str], routes: Sequence[Route], args: Any, kwargs: Any
 ) -> list[Route]:
-    """The routes that differ between parts: what a part asks inside is not asked by its graph."""
+    """Return one of all routes that do the same between parts.
+
+    Questions that a part asks inside do not count, because the graph of the part asks none.
+    """
     real, found = meta_copy.instance(), dict[Any, Route]()
     for route in routes:
-        calls: list[Any] = []
-
-        def part(
-            path: str, call: Callable[[], Any], args: Any, kwargs: Any, calls: list[Any] = calls
-        ) -> Any:
-            with inside_a_part():
-                out = call()
-            calls.append((path, *map(_call_key, ((args, kwargs), out))))
-            return out
-
+        key: Any
         try:
-            with intercepted(real, parts, part):
-                _, decisions = run_route(real, args, kwargs, route)
-        except Exception as error:  # it fails there for good, and says so, or it fails here alone
-            found[error] = route
-            continue
-        found.setdefault(
-            (replace(route, answers=()), tuple(decisions.between), tuple(calls)), route
-        )
+            key = _seen_between_parts(real, parts, route, args, kwargs)
+        # Keep a route that fails here: if it fails in the labelled run as well, that run reports
+        # it.
+        except Exception as error:
+            key = error
+        found.setdefault(key, route)
     return [*found.values()]
 
 
+def _seen_between_parts(
+    real: nn.Module, parts: frozenset[str], route: Route, args: Any, kwargs: Any
+) -> tuple[Any, ...]:
+    """Run a route and return what it does between parts: its mode, its questions, its calls."""
+    calls: list[Any] = []
+
+    def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        with inside_a_part():
+            out = call()
+        calls.append((path, *map(_call_key, ((args, kwargs), out))))
+        return out
+
+    with intercepted(real, parts, part):
+        _, decisions = run_route(real, args, kwargs, route)
+    return replace(route, answers=()), tuple(decisions.between), tuple(calls)
+
+
 def _call_key(value: Any) -> str:
-    """What tells calls of a part apart: the shapes of tensors, and other values as they are."""
-    return repr(
-        [
-            (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves_of(value)
-        ]
-    )
+    """Return a key for a nested value: shapes and types of tensors, and other values as text."""
+    described = []
+    for leaf in leaves_of(value):
+        described.append((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf)
+    return repr(described)
 
 
 def decisions_of(
     meta_copy: MetaCopy, found: Explored, args: Any, kwargs: Any
 ) -> dict[tuple[str, bool], list[str]]:
-    """What each part decides by the sizes of this call, by its path and for evaluation or
-    training.
+    """Return what the graph of each part decides by the sizes of this call.
+
+    Parameters
+    ----------
+    meta_copy:
+        The model; a copy of it with data runs.
+    found:
+        Its parts and routes.
+    args, kwargs:
+        The arguments of the call.
+
+    Returns
+    -------
+    dict
+        (path of the part, whether for training) -> lines that decide.
     """
     real, decided = meta_copy.instance(), dict[tuple[str, bool], list[str]]()
 
@@ -146,9 +182,8 @@ def decisions_of(
                 traced = trace(meta_copy.part(path), *inputs)
                 decided[path, False] = traced.decisions
                 if traced.asked_mode:
-                    decided[path, True] = trace(
-                        meta_copy.part(path), *inputs, training=True
-                    ).decisions
+                    trained = trace(meta_copy.part(path), *inputs, training=True)
+                    decided[path, True] = trained.decisions
         return call()
 
     with intercepted(real, found.parts, part):

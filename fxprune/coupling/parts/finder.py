@@ -1,4 +1,4 @@
-"""Which modules of a model are its parts: the largest that can be traced."""
+"""Search for the parts of a model: the largest submodules that can be traced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from fxprune.common.contents import leaves_of
 from fxprune.common.dispatch import META, holds_tensors
 from fxprune.common.identity import IdentitySet
-from fxprune.coupling.parts.calls import intercepted, unwatched
+from fxprune.coupling.parts.calls import intercepted, paths_with_parameters, unwatched
 from fxprune.coupling.parts.memory import place_of
 from fxprune.coupling.parts.routes import Route, run_route
 from fxprune.errors import FxpruneError
@@ -21,19 +21,24 @@ from fxprune.trace import MetaCopy, trace
 __all__ = ["Finder", "shape_of"]
 
 _CONSTANT_TYPES = (type(None), bool, int, float, str)
-"""What a part may be called with beside tensors: its graph says so where it is called with another
-one.
+"""Types of arguments that a part may have beside tensors.
+
+The graph of a part raises an error if it is called with another value than the traced one.
 """
 
 
 class Finder:
-    """Finds the largest modules that can be traced: called on tensors, every time the same graph,
-    and from outside only.
+    """A search for the largest submodules that can be traced.
+
+    Such a module is called on tensors, has the same graph in every call, and contains no module
+    that Python code calls directly as a part.
 
     Attributes
     ----------
+    meta_copy:
+        The model.
     python:
-        Paths of the modules that were called, and that stay Python.
+        Paths of the modules that were called and stay Python code.
     graphs:
         Path of a part -> its graph, as text.
     """
@@ -42,87 +47,92 @@ class Finder:
         self.meta_copy = meta_copy
         self.python: set[str] = set()
         self.graphs: dict[str, str] = {}
-        # parts whose graph holds for its own sizes: it guards them
-        self._settled: frozenset[str] = frozenset()
-        # by path and what it is called with; None: it cannot be traced
+        # Parts that may have another graph on this route, because it has other sizes: emitted
+        # graphs guard their sizes.
+        self._guarded: frozenset[str] = frozenset()
+        # (path, arguments as text) -> graph as text; None if it cannot be traced
         self._traced: dict[tuple[str, str], str | None] = {}
 
     @property
     def parts(self) -> frozenset[str]:
+        """Paths of the parts found so far."""
         return frozenset(self.graphs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Sequence[Route]) -> None:
-        """Let the model go each of these routes until all that it calls is a part, or Python."""
+        """Run the model on routes until each module it calls is known to be a part or Python code.
+
+        Parameters
+        ----------
+        args, kwargs:
+            The arguments of the example's call.
+        routes:
+            The routes.
+        """
         real, known = self.meta_copy.instance(), -1
-        self._own = {module: _tensors_held(module) for module in real.modules()}
+        self._original = {module: _tensors_held(module) for module in real.modules()}
         self._real = real
-        everything = frozenset(
-            name
-            for name, module in real.named_modules()
-            if name and any(True for _ in module.parameters())
-        )
+        everything = paths_with_parameters(real)
         while known != len(self.python):
             known, self.graphs = len(self.python), {}
-            with intercepted(real, everything - self.python, self._try):
+            with intercepted(real, everything - self.python, self._handle_call):
                 for route in routes:
-                    self._settled = self.parts if route.is_of_sizes else frozenset()
+                    self._guarded = self.parts if route.is_of_sizes else frozenset()
                     run_route(real, args, kwargs, route)
-            self.python |= self._entered()
+            self.python |= self._with_inner_parts()
 
-    def _try(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        graph = (
-            self._graph(path, args, kwargs)
-            if path not in self.python and self._is_as_given(path)
-            else None
-        )
-        if graph is None or (
-            self.graphs.setdefault(path, graph) != graph and path not in self._settled
-        ):
+    def _handle_call(self, path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        """Handle an intercepted call: make it a part if it can be traced, else run its Python."""
+        graph = None
+        if path not in self.python and self._has_original_tensors(path):
+            graph = self._graph(path, args, kwargs)
+        if graph is None or not self._is_only_graph(path, graph):
             self.python.add(path)
             self.graphs.pop(path, None)
             return NotImplemented
         out = call()
-        # what its graph does
-        self._own.update(
-            {module: _tensors_held(module) for module in self._real.get_submodule(path).modules()}
-        )
+        # The call may have exchanged tensors of the module; its graph does so, too.
+        for module in self._real.get_submodule(path).modules():
+            self._original[module] = _tensors_held(module)
         return out
 
-    def _is_as_given(self, path: str) -> bool:
-        """Whether the module has the tensors that it had: neither ``torch.func`` nor Python has
-        put others into it.
+    def _is_only_graph(self, path: str, graph: str) -> bool:
+        """Tell whether a module has this graph in every call, or may have several."""
+        return self.graphs.setdefault(path, graph) == graph or path in self._guarded
 
-        Nor does ``torch.func`` map over them.
+    def _has_original_tensors(self, path: str) -> bool:
+        """Tell whether a module has its original tensors.
+
+        It has not if ``torch.func`` or Python code has put others into it, or if the call is
+        inside a transform of ``torch.func``.
         """
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return False
-        return all(
-            _are_same(_tensors_held(module), self._own[module])
-            for module in self._real.get_submodule(path).modules()
-        )
+        modules = self._real.get_submodule(path).modules()
+        return all(_are_same(_tensors_held(each), self._original[each]) for each in modules)
 
     def _graph(self, path: str, args: Any, kwargs: Any) -> str | None:
+        """Return the graph of a module for a call, as text; None if it cannot be traced."""
         leaves = tree_leaves((args, kwargs))
-        if not holds_tensors(leaves) or not all(
-            isinstance(leaf, Tensor) or type(leaf) in _CONSTANT_TYPES for leaf in leaves
-        ):
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        if not holds_tensors(leaves) or any(type(leaf) not in _CONSTANT_TYPES for leaf in others):
             return None
         try:
             inputs = tree_map(shape_of, (args, kwargs))
         except Exception:
-            # a container that refuses tensors without data, as a packed sequence does
+            # some containers, such as packed sequences, refuse tensors without data
             return None
         leaves, spec = tree_flatten(inputs)
-        said = repr(
-            [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        )
-        key = path, f"{spec} {said}"
+        described = []
+        for leaf in leaves:
+            described.append((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf)
+        key = path, f"{spec} {described!r}"
         if key not in self._traced:
             with unwatched():
                 self._traced[key] = self._try_to_trace(path, *inputs)
         return self._traced[key]
 
     def _try_to_trace(self, path: str, args: Any, kwargs: Any) -> str | None:
+        """Trace a module in both modes and return its graph as text; None if that fails."""
         try:
             traced = trace(self.meta_copy.part(path), args, kwargs)
         except FxpruneError:
@@ -131,15 +141,16 @@ class Finder:
             try:
                 trace(self.meta_copy.part(path), args, kwargs, training=True)
             except FxpruneError:
-                return None  # a graph would do in training what it does in evaluation
-        known = all(
-            isinstance(leaf, (Tensor, *_CONSTANT_TYPES)) for leaf in leaves_of(traced.outputs)
-        )
-        return str(traced.graph) if known else None  # another object may hold tensors
+                return None  # the graph would do in training what it does in evaluation mode
+        for leaf in leaves_of(traced.outputs):
+            if not isinstance(leaf, (Tensor, *_CONSTANT_TYPES)):
+                return None  # objects of other types may hold tensors
+        return str(traced.graph)
 
-    def _entered(self) -> set[str]:
-        """The parts inside of which another part lies: Python calls that one, too, which is as
-        wide as Python sees it.
+    def _with_inner_parts(self) -> set[str]:
+        """Return the parts that contain another part.
+
+        Python code calls the inner one directly as well, so they cannot be pruned independently.
         """
         model, found = self.meta_copy.model, set()
         called = IdentitySet(model.get_submodule(path) for path in self.graphs)
@@ -151,25 +162,32 @@ class Finder:
 
 
 def shape_of(tensor: Any) -> Any:
-    """A tensor without data for one of the example, which has two of what the example has none of:
-    boxes in an image, say.
+    """Return a meta tensor of a tensor's shape, with size 2 in place of 0.
+
+    A size is 0 where the example has nothing, such as no boxes in an image. Other values are
+    returned as they are.
     """
     if not isinstance(tensor, Tensor):
         return tensor
     return torch.empty([size or 2 for size in tensor.size()], dtype=tensor.dtype, device=META)
 
 
-def _tensors_held(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
-    """The tensors of a module, and where they lie."""
-    named = {**vars(module), **module._buffers, **module._parameters}
-    return {
-        name: (value, place_of(value))
-        for name, value in named.items()
-        if isinstance(value, Tensor)
-    }
+_TensorsHeld = dict[str, tuple[Tensor, Any]]
+"""Name of a tensor of a module -> the tensor, and its place in memory."""
 
 
-def _are_same(held: dict[str, tuple[Tensor, Any]], own: dict[str, tuple[Tensor, Any]]) -> bool:
-    return held.keys() == own.keys() and all(
-        tensor is own[name][0] and place == own[name][1] for name, (tensor, place) in held.items()
-    )
+def _tensors_held(module: nn.Module) -> _TensorsHeld:
+    """Return the tensors that a module holds itself, by name, with their places in memory."""
+    tensors: _TensorsHeld = {}
+    for name, value in {**vars(module), **module._buffers, **module._parameters}.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value, place_of(value)
+    return tensors
+
+
+def _are_same(now: _TensorsHeld, before: _TensorsHeld) -> bool:
+    """Tell whether a module holds the same tensors, in the same places, as before."""
+    if now.keys() != before.keys():
+        return False
+    pairs = [(now[name], before[name]) for name in now]
+    return all(one[0] is other[0] and one[1] == other[1] for one, other in pairs)

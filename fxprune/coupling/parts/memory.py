@@ -1,5 +1,7 @@
-"""Which tensors between parts lie where: some are made, or get other memory, without an operation
-that torch's dispatcher sees.
+"""Memory of the tensors between parts.
+
+Some tensors are made, or get other memory, without an operation that torch's dispatcher sees. They
+are recognized by their place in memory.
 """
 
 from __future__ import annotations
@@ -18,22 +20,29 @@ __all__ = ["LabelledMemory", "place_of"]
 
 
 class LabelledMemory:
-    """Knows the memory of labelled tensors, by which what is the same tensor under another name
-    gets their labels.
+    """A record of where labelled tensors lie in memory, to label other names of the same memory.
 
-    ``nn.Parameter(h)``, ``h.as_subclass(...)`` and ``h.data`` are such; so is what gets its memory
-    by ``y.data = h``.
+    ``nn.Parameter(h)``, ``h.as_subclass(...)`` and ``h.data`` have the memory of ``h``, and so has
+    ``y`` after ``y.data = h``. They get the labels of ``h``.
     """
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self._places: Any = WeakTensorKeyDictionary()  # of what operations gave that are followed
-        self._labelled: dict[int, IdentityMap[Tensor, None]] = {}  # by the address of the memory
+        # tensors that operations with a rule returned -> their places
+        self._places: Any = WeakTensorKeyDictionary()
+        # address of memory -> labelled tensors in it
+        self._labelled: dict[int, IdentityMap[Tensor, None]] = {}
 
     def note(self, tensors: Collection[Tensor], follows: bool) -> None:
-        """An operation gave these, or wrote into them.
+        """Record tensors that an operation has returned or written into.
 
-        ``follows``: it has a rule, and labels went in, or what follows from such.
+        Parameters
+        ----------
+        tensors:
+            The tensors.
+        follows:
+            Whether the operation has a rule, and one of its operands has labels or follows from
+            labelled tensors.
         """
         for tensor in tensors:
             place = place_of(tensor)
@@ -44,68 +53,79 @@ class LabelledMemory:
             else:
                 self._places.pop(tensor, None)
 
-    def follows(self, tensor: Tensor) -> bool:
-        """Whether all is known of a tensor, also where it has no labels."""
+    def is_followed(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor was followed from labelled ones, even if it has no labels."""
         return self._places.get(tensor) is not None
 
-    def meet(self, tensors: Collection[Tensor]) -> None:
-        """Find labels of those that are new, or lie elsewhere by now; those laid out in a way of
-        their own see the full width.
+    def find_labels(self, tensors: Collection[Tensor]) -> None:
+        """Label tensors that are new, or that lie in other memory than before.
+
+        A tensor gets the labels of one with the same memory and layout. If only the memory is the
+        same, the labelled tensors in it keep their full width.
         """
         for tensor in tensors:
             place = place_of(tensor)
-            if (
-                place is None
-                or self._places.get(tensor) == place
-                or (tensor not in self._places and self._is_models(tensor))
-            ):
+            if place is None or self._places.get(tensor) == place:
                 continue
-            if tensor in self._places:  # it was exchanged for another
+            if tensor in self._places:  # it has got other memory since
                 self.context.records.discard(tensor)
-            others = [
-                other
-                for other in self._labelled.get(place[0], ())
-                if other is not tensor and self.context.fields(other)
-            ]
+            elif self._is_parameter(tensor):
+                continue
+            labelled = self._labelled.get(place[0], ())
+            others = [t for t in labelled if t is not tensor and self.context.fields(t)]
             same = next((other for other in reversed(others) if place_of(other) == place), None)
             if same is not None:
                 self.context.put(tensor, self.context.fields(same), base=same)
                 self.note([tensor], True)
             else:
-                self.see_whole(others)
+                self.keep_wide(others)
 
     def explain(self, given: Collection[Tensor], out: Collection[Tensor]) -> None:
-        """See at full width what went into a function that gave something which no followed
-        operation has made.
+        """Keep the operands of a function at full width if its results cannot be explained.
+
+        A result is explained if it has labels or comes from followed operations.
+
+        Parameters
+        ----------
+        given:
+            Tensors among the function's arguments.
+        out:
+            Tensors that it returned.
         """
         given, out = (list(map(_unwrapped, tensors)) for tensors in (given, out))
-        self.meet([*given, *out])
-        if not all(self.follows(tensor) or tensor in self.context.records for tensor in out):
-            self.see_whole(given)
+        self.find_labels([*given, *out])
+        if not all(self.is_followed(tensor) or tensor in self.context.records for tensor in out):
+            self.keep_wide(given)
 
-    def see_whole(self, tensors: Collection[Tensor]) -> None:
-        self.context.found.wide += [
-            f.labels for tensor in tensors for f in self.context.fields(tensor)
-        ]
+    def keep_wide(self, tensors: Collection[Tensor]) -> None:
+        """Note that Python code has to see these tensors at full width."""
+        for tensor in tensors:
+            self.context.found.wide += [f.labels for f in self.context.fields(tensor)]
 
-    def _is_models(self, tensor: Tensor) -> bool:
-        """A parameter or buffer is known by itself, also where its memory is, until ``w.data = h``
-        gives it another.
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is a parameter or buffer of the model.
+
+        Its labels are known without its memory, until ``w.data = h`` gives it another one.
         """
         record = self.context.records.get(tensor)
         return record is not None and bool(record.name)
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:
-    """What the transforms of ``torch.func`` have wrapped."""
+    """Return the tensor inside the wrappers of ``torch.func`` transforms."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 
 def place_of(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Where a tensor lies, and how; None where it has no memory of its own: it is sparse, nested,
-    or wraps others.
+    """Return a tensor's place in memory.
+
+    Returns
+    -------
+    tuple or None
+        Address, type, offset, shape and strides. None if the tensor has no memory of its own: it
+        is sparse or nested, wraps other tensors, or has no data.
     """
     with torch._C.DisableTorchFunction():
         wraps = torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)

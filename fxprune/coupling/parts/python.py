@@ -1,5 +1,6 @@
-"""What Python code does between parts, seen on data: labels are carried on, and what would be
-wrong for fewer channels is noted.
+"""Propagation of labels through the Python code between parts, which runs on data.
+
+Axes for which this code would be wrong on fewer channels are noted as wide: they keep their width.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fxprune.common.identity import IdentityMap
 from fxprune.common.module_sizes import remembered
 from fxprune.coupling.parts.decisions import WHOLE
 from fxprune.coupling.parts.memory import LabelledMemory
-from fxprune.coupling.parts.narrowing import narrows, of_one_size
+from fxprune.coupling.parts.narrowing import commutes_with_removal, is_of_one_size
 from fxprune.coupling.parts.width import Width
 from fxprune.coupling.propagation import LabelMode
 from fxprune.errors import FxpruneError
@@ -35,7 +36,7 @@ from fxprune.trace.tensors import map_leaves
 __all__ = ["PYTHON", "RealMode", "SizeReader", "note_sizes"]
 
 PYTHON = "python:"
-"""What the names of nodes begin with that are no nodes: lines of Python code."""
+"""Prefix of node names that stand for lines of Python code."""
 
 
 _READING = frozenset(
@@ -50,23 +51,24 @@ _READING = frozenset(
         "untyped_storage",
     }
 )
-"""What gives numbers that follow from the sizes of a tensor's memory."""
+"""Functions that return numbers derived from the sizes of a tensor."""
 
 
 _FILLED = {"full": 1, "new_full": 2}
-"""Functions that take sizes, and a number for what these hold, with its place."""
+"""Functions that take sizes and a fill value -> position of the fill value."""
 
 
 def _number_arguments(name: str, args: Any, kwargs: Any) -> Any:
-    """The arguments of a call that are not taken as sizes."""
+    """Return the arguments of a call that are not taken as sizes."""
     if name in _FILLED:
         return args[_FILLED[name] :], kwargs.get("fill_value")
-    # with a width that Python read off a tensor they give the right sizes for a smaller one too
+    # A function that takes sizes is right for a smaller width, too, if the size was read off a
+    # tensor.
     return () if ops.takes_sizes(name) else (args, kwargs)
 
 
 def _widths(value: Any) -> list[Width]:
-    """The widths in nested arguments."""
+    """Return the widths in nested arguments."""
     found: list[Width] = []
 
     def note(leaf: Any) -> Any:
@@ -78,12 +80,24 @@ def _widths(value: Any) -> list[Width]:
     return found
 
 
+def _owner_name(func: Any) -> str:
+    """Return the name of the attribute whose getter ``func`` is; empty for other functions."""
+    return getattr(getattr(func, "__self__", None), "__name__", "")
+
+
 def _plain_leaf(leaf: Any) -> Any:
+    """Return the number of a width, and other values as they are."""
     return leaf.number if type(leaf) is Width else leaf
 
 
 class SizeReader(TorchFunctionMode):
-    """Sees Python read sizes, and give them back."""
+    """A mode that makes sizes of labelled tensors known as such, and sees where they are used.
+
+    Parameters
+    ----------
+    mode:
+        The mode that sees the operations of the same run.
+    """
 
     def __init__(self, mode: RealMode) -> None:
         super().__init__()
@@ -101,24 +115,23 @@ class SizeReader(TorchFunctionMode):
             found = self._sizes(args[0])
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return found if dim is None else found[dim]
-        if (
-            name in _READING
-            or getattr(getattr(func, "__self__", None), "__name__", "") in _READING
-        ):
-            # whatever widths are in it are told
+        if name in _READING or _owner_name(func) in _READING:
+            # the product reads the number of every width in it
             math.prod(self._sizes(args[0])[: 1 if name == "__len__" else None])
         if name in WHOLE:
-            self.mode.memory.meet([args[0]])
+            self.mode.memory.find_labels([args[0]])
             self.mode.context.found.wide += [f.labels for f in self.mode.context.fields(args[0])]
         for width in _widths(_number_arguments(name, args, kwargs)):
-            width.told()
-        before, self.mode.widths = (
-            self.mode.widths,
-            _widths((args, kwargs)) if ops.takes_sizes(name) else [],
-        )
+            width.use()
+        return self._call(func, name, args, kwargs)
+
+    def _call(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Call a function with plain numbers, while :class:`RealMode` knows the widths in it."""
+        before = self.mode.widths
+        self.mode.widths = _widths((args, kwargs)) if ops.takes_sizes(name) else []
         args, kwargs = map_leaves(_plain_leaf, (args, kwargs))
         given = tensors_in(args, kwargs)
-        self.mode.memory.meet(given)
+        self.mode.memory.find_labels(given)
         try:
             out = func(*args, **kwargs)
         finally:
@@ -127,22 +140,20 @@ class SizeReader(TorchFunctionMode):
         return out
 
     def _sizes(self, tensor: Tensor) -> Any:
+        """Return the shape of a tensor, with a :class:`Width` for each labelled dimension."""
         context, sizes = self.mode.context, list[Any](tensor.size())
-        self.mode.memory.meet([tensor])
+        self.mode.memory.find_labels([tensor])
         fields = context.fields(tensor)
-        self.mode.reads(tensor)
+        self.mode.note_read(tensor)
         for dim in {dim for field in fields for dim in field.dims}:
             labels = [f.labels for f in fields if dim in f.dims]
-            sizes[dim] = Width(
-                int(sizes[dim]),
-                functools.partial(_live, context, labels),
-                context.found.wide.extend,
-            )
+            read = functools.partial(_live, context, labels)
+            sizes[dim] = Width(int(sizes[dim]), read, context.found.wide.extend)
         return SizeTuple(sizes) if fields else torch.Size(sizes)
 
 
-def _sizes_of_some(value: Any) -> Any:
-    """Sizes of which those that are 0 are found out, or two."""
+def _nonzero_sizes(value: Any) -> Any:
+    """Return sizes with another size in place of 0: -1 where it can be inferred, else 2."""
     if not isinstance(value, (list, tuple)) or not all(type(size) is int for size in value):
         return value
     free = -1 if -1 not in value and list(value).count(0) == 1 else 2
@@ -150,101 +161,123 @@ def _sizes_of_some(value: Any) -> Any:
 
 
 def _live(context: Context, labels: list[Array]) -> list[Array]:
+    """Return the live labels of each array."""
     return [*map(context.units.live, labels)]
 
 
 def note_sizes(model: nn.Module, mode: RealMode) -> None:
-    """Let the numbers that modules remember of their sizes (``in_features``) say so where Python
-    reads them.
+    """Replace sizes that modules remember (``in_features``) by :class:`Width` numbers.
 
-    They are those of the smaller model there. What is computed from one keeps its value: the axis
-    stays.
+    In the smaller model, these attributes hold the smaller sizes. An axis is pinned if Python code
+    computes with its size, because the result must not change.
+
+    Parameters
+    ----------
+    model:
+        The model that runs on data; its attributes are replaced.
+    mode:
+        The mode that sees the operations of the run.
     """
     context = mode.context
 
-    def attribute(tensor: Tensor, dim: int) -> Width:
+    def width_of(tensor: Tensor, dim: int) -> Width:
         def read() -> list[Array]:
             if mode.pausing:
                 return []
-            mode.reads(tensor)
+            mode.note_read(tensor)
             return [f.labels for f in context.fields(tensor) if dim in f.dims]
 
-        def tell(labels: list[Array]) -> None:
-            for own in labels:
-                context.pin(own, "has its size read in Python code")
+        def pin(labels: list[Array]) -> None:
+            for array in labels:
+                context.pin(array, "has its size read in Python code")
 
-        return Width(tensor.shape[dim], read, tell)
+        return Width(tensor.shape[dim], read, pin)
 
     for module in model.modules():
         for name, tensor, dim in [*remembered(module)]:
-            if tensor in mode.own and context.record(tensor) is not None:
-                vars(module)[name] = attribute(tensor, dim)
+            if tensor in mode.meta_of and context.record(tensor) is not None:
+                vars(module)[name] = width_of(tensor, dim)
 
 
 class RealMode(LabelMode):
-    """Executes ATen ops on data, carries labels on, and notes what the Python code around could
-    not do on fewer channels.
+    """A mode that runs ATen ops of Python code on data and propagates labels through them.
+
+    It notes axes as wide where the Python code would be wrong on fewer channels.
+
+    Parameters
+    ----------
+    context:
+        Holds the labels.
+
+    Attributes
+    ----------
+    widths:
+        The widths among the sizes that the running function is called with.
+    meta_of:
+        Parameter or buffer of the model that runs -> that of the meta copy.
+    read:
+        Parameters and buffers of the meta copy that Python code reads outside of parts.
+    memory:
+        The memory of labelled tensors.
+    pausing:
+        Whether a part is running.
     """
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.widths: list[Width] = []  # among the sizes that this call is given
-        # the model's parameters and buffers -> those of the meta copy
-        self.own: IdentityMap[Tensor, Tensor] = IdentityMap()
-        # those of the meta copy that Python reads itself, outside of parts
+        self.widths: list[Width] = []
+        self.meta_of: IdentityMap[Tensor, Tensor] = IdentityMap()
         self.read: IdentityMap[Tensor, None] = IdentityMap()
         self.memory = LabelledMemory(context)
-        self.pausing = False  # while a part runs
+        self.pausing = False
         self._number = itertools.count()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While a part runs: what it reads of its own is no business of Python's."""
+        """Mark that a part runs: sizes that it reads itself are not read by Python code."""
         self.pausing = True
         try:
             yield
         finally:
             self.pausing = False
 
-    def reads(self, tensor: Tensor) -> None:
-        """Python reads this tensor, or its size: what is a parameter is seen there as it is, and
-        not as wide as it was.
+    def note_read(self, tensor: Tensor) -> None:
+        """Record that Python code reads a tensor or its size.
+
+        Only parameters and buffers are recorded. Python code sees them as they are in the smaller
+        model, not at full width.
         """
-        if tensor in self.own:
-            self.read[self.own[tensor]] = None
+        if tensor in self.meta_of:
+            self.read[self.meta_of[tensor]] = None
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         ctx, rule, tensors = self.context, ops.find(func), tensors_in(args, kwargs)
-        self.memory.meet(tensors)
+        self.memory.find_labels(tensors)
         for tensor in tensors:
-            self.reads(tensor)
-        ctx.node = f"{PYTHON}{user_line()}#{next(self._number)}"
-        ctx.target = func
+            self.note_read(tensor)
+        # The line stays current until the next operation: Python code reads sizes in between.
+        ctx.node, ctx.target = f"{PYTHON}{user_line()}#{next(self._number)}", func
         labelled = any(t in ctx.records for t in tensors)
         creates = rule is not None and rule.kind is Kind.CREATES
-        follows = rule is not None and (labelled or any(map(self.memory.follows, tensors)))
+        follows = rule is not None and (labelled or any(map(self.memory.is_followed, tensors)))
         out = func(*args, **kwargs)
         if labelled or (creates and self.widths):
             self._label(func, rule, args, kwargs, out)
-        self.memory.note(
-            [*tensors, *tensors_in((out,), {})]
-            if func._schema.is_mutable
-            else tensors_in((out,), {}),
-            follows,
-        )
+        written = tensors if func._schema.is_mutable else []
+        self.memory.note([*written, *tensors_in((out,), {})], follows)
         return out
 
     def _label(self, func: Any, rule: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Carry labels on, also on no elements."""
+        """Propagate labels through a call, also if some of its tensors have no elements."""
         tensors = tensors_in(args, kwargs)
         labelled = any(t in self.context.records for t in tensors)
         if labelled and any(not leaf.numel() for leaf in (*tensors, *tensors_of(out))):
-            self._on_some(func, args, kwargs, out)
+            self._note_with_elements(func, args, kwargs, out)
         else:
             self._note(func, rule, args, kwargs, out)
 
     def _note(self, func: Any, rule: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Carry labels on, and note whose width the call must see."""
+        """Propagate labels through a call, and note labels whose full width the call needs."""
         ctx, tensors = self.context, tensors_in(args, kwargs)
         if rule is None:
             ctx.found.wide += [f.labels for tensor in tensors for f in ctx.fields(tensor)]
@@ -257,32 +290,38 @@ class RealMode(LabelMode):
         ):
             self._follow(rule, func, bound, out)
         if rule.kind is Kind.CREATES:
-            for f in ctx.fields(out):  # as wide as what it was measured by, or as a number says
-                measured = [
-                    a for width in self.widths for a in width.labels if a.size == f.labels.size
-                ]
-                for labels in measured:
-                    ctx.unite(f.labels.ravel(), labels.ravel())
-                ctx.found.wide += [] if measured else [f.labels]
-            return
-        if not self._narrows(func, args, kwargs, rule, out, statistics):
+            self._unite_with_widths(out)
+        elif not self._narrows(func, args, kwargs, rule, out, statistics):
             ctx.found.wide += [*before, *(a for width in self.widths for a in width.labels)]
             ctx.found.wide += [f.labels for leaf in tree_leaves(out) for f in ctx.fields(leaf)]
 
-    def _on_some(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Carry labels through a call on no elements: the labels that it carries on some are found
-        out, and are those of none.
+    def _unite_with_widths(self, made: Tensor) -> None:
+        """Unite the labels of a new tensor with those of the widths that gave it its sizes.
 
-        Where that cannot be found out Python sees the full width.
+        A size that is a plain number keeps its full width.
+        """
+        for f in self.context.fields(made):
+            known = [array for width in self.widths for array in width.labels]
+            equal = [labels for labels in known if labels.size == f.labels.size]
+            for labels in equal:
+                self.context.unite(f.labels.ravel(), labels.ravel())
+            if not equal:
+                self.context.found.wide.append(f.labels)
+
+    def _note_with_elements(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Propagate labels through a call on tensors without elements.
+
+        The call is made on tensors with some elements instead, and the labels of its results are
+        used. If that fails, the operands keep their full width.
         """
         ctx, given = self.context, tensors_in(args, kwargs)
-        some = IdentityMap((tensor, self._some(tensor)) for tensor in given)
-        own, named = map_tensors(some.__getitem__, (args, kwargs))
+        some = IdentityMap((tensor, self._with_elements(tensor)) for tensor in given)
+        new_args, new_kwargs = map_tensors(some.__getitem__, (args, kwargs))
         if ops.takes_sizes(ops.name_of_op(func)):
-            own = tuple(_sizes_of_some(value) for value in own)
+            new_args = tuple(_nonzero_sizes(value) for value in new_args)
         try:
-            made = func(*own, **named)
-            self._note(func, ops.find(func), own, named, made)
+            made = func(*new_args, **new_kwargs)
+            self._note(func, ops.find(func), new_args, new_kwargs, made)
             pairs = list(zip(tree_leaves(out), tree_leaves(made), strict=True))
         except (RuntimeError, ValueError, IndexError, TypeError, FxpruneError):
             ctx.found.wide += [f.labels for tensor in given for f in ctx.fields(tensor)]
@@ -291,9 +330,11 @@ class RealMode(LabelMode):
             if isinstance(leaf, Tensor):
                 self.carry(leaf, ctx.fields(stand_in))
 
-    def _some(self, tensor: Tensor) -> Tensor:
-        """A tensor that has two of what there is none of; a mask that chooses the first two where
-        it chooses nothing.
+    def _with_elements(self, tensor: Tensor) -> Tensor:
+        """Return a tensor with size 2 in place of 0, and the same labels.
+
+        For a mask that selects nothing, return one that selects the first two elements. Return any
+        other tensor as it is.
         """
         if tensor.numel():
             if tensor.dtype is not torch.bool or bool(tensor.any()):
@@ -301,66 +342,72 @@ class RealMode(LabelMode):
             chosen = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
             chosen.view(-1)[:2] = True
             return chosen
-        made = torch.zeros(
-            [size or 2 for size in tensor.shape], dtype=tensor.dtype, device=tensor.device
-        )
+        sizes = [size or 2 for size in tensor.shape]
+        made = torch.zeros(sizes, dtype=tensor.dtype, device=tensor.device)
         if made.dtype is torch.bool:
             made[...] = True
         self.carry(made, self.context.fields(tensor))
         return made
 
     def carry(self, tensor: Tensor, fields: list[Field]) -> None:
-        """Give a tensor the labels of another, of which it may have fewer elements; what does not
-        fit is seen at full width.
+        """Label a tensor with the fields of another one.
+
+        Fields that do not fit the tensor's shape keep their full width.
+
+        Parameters
+        ----------
+        tensor:
+            The tensor to label.
+        fields:
+            The fields. The tensor they come from may have other sizes on dimensions without
+            labels.
         """
-        fit = [
-            f
-            for f in fields
-            if all(f.labels.shape[d] == tensor.shape[d] for d in f.dims)
-            and f.labels.ndim == tensor.dim()
-        ]
-        self.context.found.wide += [f.labels for f in fields if f not in fit]
-        self.context.put(tensor, fit)
+        fitting = []
+        for f in fields:
+            has_sizes = all(f.labels.shape[d] == tensor.shape[d] for d in f.dims)
+            if has_sizes and f.labels.ndim == tensor.dim():
+                fitting.append(f)
+            else:
+                self.context.found.wide.append(f.labels)
+        self.context.put(tensor, fitting)
         self.memory.note([tensor], True)
 
     def _narrows(
         self, func: Any, args: Any, kwargs: Any, rule: Any, out: Any, statistics: int
     ) -> bool:
-        """Whether the same call does the right thing on fewer channels."""
+        """Tell whether the same call does the right thing on fewer channels."""
         ctx, name = self.context, ops.name_of_op(func)
         if ctx.found.rescaled.pop(ctx.node, None) is not None:
             return False
         if len(ctx.found.statistics) > statistics:
-            # they are taken at full width, where zeros count as in the masked original
+            # statistics are taken at full width, with zeros counted as in the masked original
             ctx.found.statistics.popitem()
             return False
         bound = ops.bind(func, args, kwargs)
-        if rule.kind is Kind.COMPUTES and bound.get("groups", 1) > 1:
+        if self._scales_by_width(bound):
             return False
-        if bound.get("scale", 1) is None and any(
-            bound["query"].dim() - 1 in f.dims for f in ctx.fields(bound["query"])
-        ):
-            return False  # attention scales by the width of what it is given
         if rule.kind is Kind.COMPUTES:
-            return True
-        if ops.takes_sizes(name) and self._measured(out):
+            return bound.get("groups", 1) <= 1
+        if ops.takes_sizes(name) and self._has_read_sizes(out):
             return True
 
         def labels(tensor: Tensor) -> list[Array]:
             return [f.labels for f in ctx.fields(tensor)]
 
-        return not of_one_size(name, bound, out, labels) and narrows(
-            func, args, kwargs, out, labels
-        )
+        if is_of_one_size(name, bound, out, labels):
+            return False
+        return commutes_with_removal(func, args, kwargs, out, labels)
 
-    def _measured(self, out: Any) -> bool:
-        """Whether every axis that shrinks was given its size by Python that read it off a
-        tensor.
-        """
+    def _scales_by_width(self, bound: dict[str, Any]) -> bool:
+        """Tell whether a call is attention that scales by the width of a labelled query."""
+        if bound.get("scale", 1) is not None:
+            return False
+        query = bound["query"]
+        return any(query.dim() - 1 in f.dims for f in self.context.fields(query))
+
+    def _has_read_sizes(self, out: Any) -> bool:
+        """Tell whether the size of each labelled axis of ``out`` was read off a tensor."""
         live = self.context.units.live
         read = {live(a).ravel().tobytes() for width in self.widths for a in width.labels}
-        return all(
-            f.labels.ravel().tobytes() in read
-            for leaf in tree_leaves(out)
-            for f in self.context.fields(leaf)
-        )
+        fields = [f for leaf in tree_leaves(out) for f in self.context.fields(leaf)]
+        return all(f.labels.ravel().tobytes() in read for f in fields)

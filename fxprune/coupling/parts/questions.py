@@ -1,8 +1,8 @@
-"""Which questions about sizes a model's Python asks, and what it does after each answer.
+"""The questions about sizes that a model's Python code asks, and what it does after each answer.
 
-Sizes of tensors are numbers that are known for what they are (:class:`Size`), and so is what is
-computed of them. Where Python branches by one (``if x.shape[1] > 5``), that is a question: it is
-noted, and answered otherwise where that is wanted.
+While a model runs, sizes of tensors are :class:`Size` numbers, and so are numbers computed from
+them. A *question* is a branch on such a number (``if x.shape[1] > 5``). It is recorded, and can be
+given another answer than the true one.
 """
 
 from __future__ import annotations
@@ -32,22 +32,26 @@ from fxprune.trace.user_code import is_ours, user_frames, user_line
 __all__ = ["PART", "CodePlace", "Questions", "plain_sizes"]
 
 PART = "part:"
-"""What the names of steps begin with that are calls of parts."""
+"""Prefix of the names of steps that are calls of parts."""
 
 CodePlace = tuple[CodeType, int]
-"""Where a question is asked: code, and the place of its instruction."""
+"""The place where a question is asked: code object and offset of the instruction."""
 
 
 @dataclass
 class Asked:
-    """What was asked at one place.
+    """The questions that were asked at one place.
 
     Attributes
     ----------
-    margins:
-        By how much the numbers differ from what they are held against.
+    line:
+        The line of code.
     empties:
-        Whether one of the answers means that there is nothing, whatever the number.
+        Whether every question was only whether a number is 0.
+    margins:
+        Differences between the numbers and what they were compared with; 0 for infinite ones.
+    answers:
+        The answers that were given.
     """
 
     line: str
@@ -57,50 +61,61 @@ class Asked:
 
 
 class Questions(TorchFunctionMode):
-    """Hands out sizes that are known for what they are, and sees what Python does by them.
+    """A mode that makes sizes of tensors :class:`Size` numbers and records questions about them.
 
     Parameters
     ----------
     own:
-        Parameters and buffers of the model, whose sizes no input changes.
+        Parameters and buffers of the model. Their sizes do not depend on inputs, and stay plain
+        numbers.
     turned:
-        The answers that are given at some places, whatever is true.
+        Place of a question -> answer to give there, whatever is true.
 
     Attributes
     ----------
     asked:
         The questions, by their places.
     trail:
-        Each step and one that it takes something from. A step is a call of a part, or of one of
-        torch's functions on what follows from parameters, at some lines of the model's code.
+        Pairs of a step and a step that uses its results. A step is a call of a part, or of a
+        function of torch on tensors that depend on parameters, with the lines of the model's code
+        from which it is called. The first entry is None for a step that uses no earlier one.
     """
 
     def __init__(
         self, own: Iterable[Tensor], turned: Mapping[CodePlace, bool] | None = None
     ) -> None:
         super().__init__()
-        self.own: IdentityMap[Tensor, int] = IdentityMap(
-            (tensor, i) for i, tensor in enumerate(own)
-        )
+        numbered = ((tensor, i) for i, tensor in enumerate(own))
+        self.own: IdentityMap[Tensor, int] = IdentityMap(numbered)
         self.turned = dict(turned or {})
         self.asked: dict[CodePlace, Asked] = {}
         self.trail: set[tuple[Any, Any]] = set()
-        # what follows from parameters -> the step that gave it
+        # tensor that depends on parameters -> the step that made it
         self._made: Any = WeakTensorKeyDictionary()
-        # to which questions an answer was given that is not true
-        self._said: dict[tuple[str, float, float], bool] = {}
+        # question in its normal form -> the answer that was given instead of the true one
+        self._given: dict[tuple[str, float, float], bool] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
         if func == Tensor.shape.__get__ or name in ("size", "numel", "nelement"):
             return out if args[0] in self.own else self._known(out)
         if name not in _ATTRIBUTES and not has(name, Trait.ASKS | Trait.ASKS_SIZES):
-            # None: of what is written into
+            # if it returns None, it writes into its first argument
             self.step(name, (args, kwargs), out if out is not None else args[:1])
         return out
 
     def step(self, what: str, given: Any, made: Any) -> None:
-        """Note that something is made of what is given."""
+        """Record a step, if it is a call of a part or depends on parameters.
+
+        Parameters
+        ----------
+        what:
+            Name of the step.
+        given:
+            Its arguments.
+        made:
+            Its results.
+        """
         tensors = tensors_of(given)
         own = tuple(self.own[tensor] for tensor in tensors if tensor in self.own)
         before = {self._made[tensor] for tensor in tensors if tensor in self._made}
@@ -112,39 +127,55 @@ class Questions(TorchFunctionMode):
                     self._made[leaf] = now
 
     def finish(self, out: Any) -> None:
-        """Note what the model returns."""
+        """Record the model's output as a last step."""
         self.step("output", out, ())
 
     def _known(self, sizes: Any) -> Any:
-        return (
-            torch.Size(map(self._known, sizes)) if isinstance(sizes, tuple) else Size(sizes, self)
-        )
+        """Return :class:`Size` numbers for plain ones."""
+        if isinstance(sizes, tuple):
+            return torch.Size(map(self._known, sizes))
+        return Size(sizes, self)
 
     def answer(
         self, answer: bool, number: float, sign: str, other: float, frame: FrameType
     ) -> bool:
-        """What is answered to a question whose true answer is known; the same question has one
-        answer wherever it is asked.
+        """Record a question and return the answer to give.
+
+        The same question gets the same answer wherever it is asked.
+
+        Parameters
+        ----------
+        answer:
+            The true answer.
+        number, sign, other:
+            The comparison: ``sign`` is the operator's name (``"lt"``).
+        frame:
+            The frame that asks.
         """
         if not self.is_active():
             return answer
         place = frame.f_code, frame.f_lasti
         asked = self.asked.setdefault(place, Asked(user_line()))
         asked.margins.add(number - other if math.isfinite(other) else 0)
-        same, negated = _in_one_form(sign, number, other)
+        same, negated = _normal_form(sign, number, other)
         asked.empties &= same in (("lt", 0, number), ("lt", number, 1), ("eq", number, 0))
         if self.turned.get(place, answer) is not answer:
-            self._said[same] = self.turned[place] is not negated
-        answer = self._said[same] is not negated if same in self._said else answer
+            self._given[same] = self.turned[place] is not negated
+        answer = self._given[same] is not negated if same in self._given else answer
         asked.answers.add(answer)
         return answer
 
     def is_active(self) -> bool:
+        """Tell whether this mode is on in the current thread."""
         return any(mode is self for mode in _get_current_function_mode_stack())
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """In this thread ``len`` of a tensor is a size: C hands on nothing but a plain number."""
+        """Make ``len`` of a tensor return a :class:`Size` in this thread.
+
+        The built-in ``len`` converts the result of ``__len__`` to a plain number, so it is
+        replaced.
+        """
         count, thread = builtins.len, threading.get_ident()
 
         def seen(value: Any, /) -> int:
@@ -164,22 +195,23 @@ class Questions(TorchFunctionMode):
 
 
 _ATTRIBUTES = frozenset({"__get__", "__len__", "ndimension"})
-"""What only asks about tensors, and leads to no others, beside operations that do."""
+"""Methods that only ask about tensors, beside operations with ``Trait.ASKS`` and the like."""
 
 _BRANCHES = frozenset({"COMPARE_OP", "CONTAINS_OP"})
+"""Instructions whose comparisons are questions."""
 
 
-def _in_one_form(sign: str, number: float, other: float) -> tuple[tuple[str, float, float], bool]:
-    """A comparison as one by ``lt`` or ``eq``, and whether that one has the other answer."""
+def _normal_form(sign: str, number: float, other: float) -> tuple[tuple[str, float, float], bool]:
+    """Return a comparison expressed by ``lt`` or ``eq``, and whether its answer is negated."""
     if sign in ("gt", "le"):
         sign, number, other = {"gt": "lt", "le": "ge"}[sign], other, number
     return ({"ge": "lt", "ne": "eq"}.get(sign, sign), number, other), sign in ("ge", "ne")
 
 
 class _FromSizes:
-    """What numbers have that follow from sizes.
+    """Base class of numbers computed from sizes, which ask ``questions`` when Python branches.
 
-    A comparison by C code (``min(n, 3)``, a key of a dict) is no question: it chooses a number.
+    A comparison by C code (``min(n, 3)``, a key of a dict) is no question.
     """
 
     questions: Questions
@@ -207,40 +239,38 @@ class _FromSizes:
 
 
 class Size(_FromSizes, int):
-    """A size of a tensor, or a whole number that follows from some."""
+    """A size of a tensor, or an integer computed from sizes."""
 
     __hash__ = int.__hash__
 
 
 class Fraction(_FromSizes, float):
-    """A number with a fraction that follows from sizes."""
+    """A floating-point number computed from sizes."""
 
     __hash__ = float.__hash__
 
 
 def _plain_number(leaf: Any) -> Any:
-    """A number as it is: what other code is handed is no size."""
+    """Return a plain number for one computed from sizes, and other values as they are."""
     return int(leaf) if type(leaf) is Size else float(leaf) if type(leaf) is Fraction else leaf
 
 
 def plain_sizes(value: Any) -> Any:
-    """Nested arguments with plain numbers."""
+    """Return a nested value with plain numbers in place of those computed from sizes."""
     return map_leaves(_plain_number, value)
 
 
 def _known(number: Any, questions: Questions) -> Any:
+    """Mark a number, or the numbers of a tuple, as computed from sizes."""
     if type(number) is tuple:
         return tuple(_known(each, questions) for each in number)
-    return (
-        Size(number, questions)
-        if type(number) is int
-        else Fraction(number, questions)
-        if type(number) is float
-        else number
-    )
+    if type(number) is int:
+        return Size(number, questions)
+    return Fraction(number, questions) if type(number) is float else number
 
 
 def _number_operator(kind: Any, name: str) -> Callable[..., Any]:
+    """Return an arithmetic method of ``kind`` whose result is marked as computed from sizes."""
     plain = getattr(kind, name)
 
     def method(self: Any, *others: Any) -> Any:
@@ -253,7 +283,8 @@ def _number_operator(kind: Any, name: str) -> Callable[..., Any]:
     return method
 
 
-def _comparing(kind: Any, sign: str) -> Callable[..., Any]:
+def _comparison(kind: Any, sign: str) -> Callable[..., Any]:
+    """Return a comparison method of ``kind`` that asks a question."""
     name = f"__{sign}__"
     plain = getattr(kind, name)
 
@@ -272,8 +303,9 @@ def _comparing(kind: Any, sign: str) -> Callable[..., Any]:
 
 
 def _operators(kind: type) -> list[str]:
-    """The methods behind the operators of a kind of number: those that have a reflected form, in
-    both forms, and those of one operand.
+    """Return the names of the methods behind the arithmetic operators of a kind of number.
+
+    They are the operators with a reflected form, in both forms, and the unary ones.
     """
     names = dir(kind)
     both = [name for name in names if name.startswith("__r") and f"__{name[3:]}" in names]
@@ -286,4 +318,4 @@ for _kind, _plain_kind in ((Size, int), (Fraction, float)):
     for _name in ("__floor__", "__ceil__", "__trunc__", "__round__"):
         setattr(_kind, _name, _number_operator(_plain_kind, _name))
     for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-        setattr(_kind, f"__{_name}__", _comparing(_plain_kind, _name))
+        setattr(_kind, f"__{_name}__", _comparison(_plain_kind, _name))

@@ -1,5 +1,6 @@
-"""The runs of a model by which it is learned what its Python does: with other answers, in
-training, where something is found.
+"""The runs that show what a model's Python code does.
+
+They differ in the answers to its questions, in the mode, and in whether something is found.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fxprune.trace.reach import AGAIN, Reach, drawing, same
 
 __all__ = ["Route", "Routes", "add_ways", "routes_of", "run_route"]
 
+# what a model decides by that changes from call to call
 CHANCE = "random numbers of Python or NumPy"
 EACH_CALL = "a clock, or what an earlier call has left behind"
 
@@ -39,15 +41,19 @@ class Route:
     Attributes
     ----------
     answers:
-        To the first questions about inputs (:mod:`fxprune.coupling.parts.decisions`).
+        Answers to the first questions about values (:mod:`fxprune.coupling.parts.decisions`).
     training:
         Whether the model is in training mode.
     finds:
-        Whether something is found wherever the example has nothing: boxes above a threshold, say.
-    sizes, call:
-        Which other sizes the inputs have, and the call with them.
+        Whether masks that select nothing for the example select something. An example are boxes
+        above a threshold.
+    sizes:
+        The sizes of inputs that differ from the example's, in words; empty if none do.
+    call:
+        The call with these sizes; None if it is the example's.
     turned:
-        What is answered at some places to questions about sizes (``questions``).
+        Places of questions about sizes, and the answers to give there
+        (:mod:`fxprune.coupling.parts.questions`).
     """
 
     answers: Answers = ()
@@ -59,7 +65,7 @@ class Route:
 
     @property
     def is_of_sizes(self) -> bool:
-        """Whether it is what the model does for inputs of other sizes."""
+        """Whether the run is one for inputs of other sizes."""
         return bool(self.sizes or self.turned)
 
 
@@ -70,11 +76,11 @@ class Routes:
     Attributes
     ----------
     all:
-        The first is what the model does for the example, in evaluation.
+        The runs. The first one is that of the example in evaluation mode.
     decided, taken_out:
-        As of :class:`fxprune.coupling.parts.decisions.Ways`.
+        See :class:`fxprune.coupling.parts.decisions.Ways`.
     untrained:
-        Why training could not be followed.
+        Why training mode could not be followed; empty if it was.
     """
 
     all: list[Route]
@@ -86,9 +92,26 @@ class Routes:
 def run_route(
     model: nn.Module, args: Any, kwargs: Any, route: Route, *inside: AbstractContextManager[Any]
 ) -> tuple[Any, Decisions]:
-    """What the model, a private copy, returns on this route, run under these contexts."""
+    """Run a model on a route.
+
+    Parameters
+    ----------
+    model:
+        A private copy of the model.
+    args, kwargs:
+        The arguments of the example's call.
+    route:
+        The route.
+    inside:
+        Contexts in which the model runs.
+
+    Returns
+    -------
+    tuple
+        What the model returns, and the questions about values that it asked.
+    """
     args, kwargs = route.call or (args, kwargs)
-    found: list[AbstractContextManager[Any]] = [ChosenSome()] if route.finds else []
+    found: list[AbstractContextManager[Any]] = [EmptyMasks()] if route.finds else []
     if route.turned:
         questions = Questions([*model.parameters(), *model.buffers()], dict(route.turned))
         inside = (questions, questions.counting(), *inside)
@@ -97,10 +120,18 @@ def run_route(
 
 
 def routes_of(meta_copy: MetaCopy, args: Any, kwargs: Any) -> Routes:
-    """The routes that a model can take.
+    """Find the routes that a model can take for inputs of the example's sizes.
 
-    A route on which something is found where the example has nothing is one where the model can go
-    it. Training is one, unless it needs what the example has not: targets, say.
+    They include training mode, unless it needs something that the example lacks, such as targets.
+    If masks select nothing for the example, they include a run in which these select something,
+    unless the model fails there.
+
+    Parameters
+    ----------
+    meta_copy:
+        The model; copies of it with data run.
+    args, kwargs:
+        The arguments of the example's call.
     """
     for again in range(RUNS):
         with drawing(meta_copy.model) if again else undrawn() as drawn:
@@ -114,59 +145,77 @@ def routes_of(meta_copy: MetaCopy, args: Any, kwargs: Any) -> Routes:
 
 
 def _from_call_to_call(meta_copy: MetaCopy, args: Any, kwargs: Any) -> str:
-    """By what a model does something else when it is called again on the same inputs; empty if it
-    does the same.
+    """Return the reason why a model does something else when it is called again; empty if none.
+
+    It is called again on the same inputs, in both modes. What it does are its calls of modules and
+    the shapes that they get.
     """
-    model = meta_copy.instance()
-    reach = Reach(model)
-    if not reach.may_change:
+    repeated = _Repeated(meta_copy.instance(), args, kwargs)
+    if not repeated.reach.may_change:
         return ""
-    paths = {path for path, _ in model.named_modules() if path}
-    for route in (Route(), Route(training=True)):
+    return repeated.differs_by(Route()) or repeated.differs_by(Route(training=True))
 
-        def called(route: Route = route) -> list[Any]:
-            """The calls of modules, in order, and the shapes that they are given."""
-            calls: list[Any] = []
 
-            def note(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-                calls.append((path, [leaf.shape for leaf in tensors_of((args, kwargs))]))
-                return NotImplemented
+class _Repeated:
+    """Repeated runs of a model on the same call.
 
-            with seeded(0), intercepted(model, paths, note):
-                run_route(model, args, kwargs, route)
-            return calls
+    Attributes
+    ----------
+    reach:
+        What the model's code can reach, as it was before the next run.
+    """
 
+    def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.reach = Reach(model)
+        self._model, self._args, self._kwargs = model, args, kwargs
+        self._paths = {path for path, _ in model.named_modules() if path}
+
+    def differs_by(self, route: Route) -> str:
+        """Return the reason why runs on a route differ; empty if they do not."""
         first = None
         for _ in range(1 + AGAIN):
-            attributes = Attributes(model)
+            attributes = Attributes(self._model)
             try:
-                with reach.watching():
-                    now = called()
-                if reach.drawn:
+                with self.reach.watching():
+                    now = self._calls(route)
+                if self.reach.drawn:
                     return CHANCE
                 first = now if first is None else first
                 if now != first:
                     return EACH_CALL
-                changed = reach.may_differ or any(map(_is_another, attributes.changes()))
+                changed = self.reach.may_differ or any(map(_is_another, attributes.changes()))
             except Exception:
-                # it needs in training what the example has not; a way that fails leads nowhere
+                # Training mode needs something that the example lacks: there is no such route.
                 changed = False
             finally:
-                reach.put_back()
+                self.reach.put_back()
             if not changed:
-                break  # it has left nothing behind, or what it found was all there
-            reach = Reach(model)
-    return ""
+                break  # it has left nothing behind that the next call could read
+            self.reach = Reach(self._model)
+        return ""
+
+    def _calls(self, route: Route) -> list[Any]:
+        """Return the calls of modules, in order, with the shapes of their arguments."""
+        calls: list[Any] = []
+
+        def note(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+            calls.append((path, [leaf.shape for leaf in tensors_of((args, kwargs))]))
+            return NotImplemented
+
+        with seeded(0), intercepted(self._model, self._paths, note):
+            run_route(self._model, self._args, self._kwargs, route)
+        return calls
 
 
 def _is_another(change: AttributeChange) -> bool:
-    """Whether an attribute has another value, and not only an equal one that was made anew."""
+    """Tell whether an attribute's value has changed, rather than been replaced by an equal one."""
     before = change.before if change.contents is None else change.contents
     return not same(before, change.after)
 
 
 def _explored(meta_copy: MetaCopy, args: Any, kwargs: Any) -> Routes:
-    watch, found = ChosenSome(finds=False), Routes([])
+    """Return the routes of the example, with and without finds, and those of training mode."""
+    watch, found = EmptyMasks(finds=False), Routes([])
     _add(
         found,
         lambda answers: followed(meta_copy.instance(), args, kwargs, answers, watch)[1],
@@ -181,18 +230,31 @@ def _explored(meta_copy: MetaCopy, args: Any, kwargs: Any) -> Routes:
 
 
 def add_ways(routes: Routes, meta_copy: MetaCopy, args: Any, kwargs: Any, route: Route) -> None:
-    """Add all ways that a route can go."""
+    """Add all ways that a route can take.
+
+    Parameters
+    ----------
+    routes:
+        The routes to add to.
+    meta_copy:
+        The model; copies of it with data run.
+    args, kwargs:
+        The arguments of the example's call.
+    route:
+        The route, without answers.
+    """
     _add(routes, functools.partial(_decisions, meta_copy, args, kwargs, route), route)
 
 
 def _decisions(
     meta_copy: MetaCopy, args: Any, kwargs: Any, route: Route, answers: Answers
 ) -> Decisions:
+    """Run the model on a route with other answers, and return the questions it asks."""
     return run_route(meta_copy.instance(), args, kwargs, replace(route, answers=answers))[1]
 
 
 def _add(routes: Routes, decisions: Callable[[Answers], Decisions], like: Route) -> None:
-    """Add all ways that a route can go."""
+    """Add all ways that a route can take; ``decisions`` runs it with given answers."""
     ways = ways_of(decisions)
     routes.all += [replace(like, answers=answers) for answers in ways.answers]
     routes.decided = routes.decided or ways.decided
@@ -201,6 +263,7 @@ def _add(routes: Routes, decisions: Callable[[Answers], Decisions], like: Route)
 
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put a model into training or evaluation mode for the duration of the context."""
     before = {module: module.training for module in model.modules()}
     in_mode(model, training)
     try:
@@ -210,14 +273,18 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-class ChosenSome(DispatchMode):
-    """Sees where a mask chooses nothing; with ``finds`` the first two places are chosen there
-    instead.
+class EmptyMasks(DispatchMode):
+    """A mode that counts masks that select nothing, and can make them select something.
+
+    Parameters
+    ----------
+    finds:
+        Whether such a mask is replaced by one that selects its first two elements.
 
     Attributes
     ----------
     missed:
-        How often nothing was chosen of something.
+        Number of times that a mask with elements selected none.
     """
 
     def __init__(self, finds: bool = True) -> None:
@@ -231,16 +298,15 @@ class ChosenSome(DispatchMode):
         finds = by_index or has(name, Trait.FINDS)
         if not finds or all(leaf.numel() for leaf in tensors_of(out)):
             return out
-        where = int(by_index)
-        chosen = args[where] if len(args) > where else None
-        if chosen is None:
+        position = int(by_index)
+        selecting = args[position] if len(args) > position else None
+        if selecting is None:
             return out
-        mask, others = (chosen, None) if isinstance(chosen, Tensor) else (chosen[0], chosen[1:])
-        if (
-            not isinstance(mask, Tensor)
-            or not mask.numel()
-            or (where and mask.dtype is not torch.bool)
-        ):
+        is_tensor = isinstance(selecting, Tensor)
+        mask, others = (selecting, None) if is_tensor else (selecting[0], selecting[1:])
+        if not isinstance(mask, Tensor) or not mask.numel():
+            return out
+        if by_index and mask.dtype is not torch.bool:
             return out
         self.missed += 1
         if not self.finds:
@@ -248,4 +314,4 @@ class ChosenSome(DispatchMode):
         mask = mask.clone()
         mask.view(-1)[:2] = True
         changed = mask if others is None else [mask, *others]
-        return func(*args[:where], changed, *args[where + 1 :], **(kwargs or {}))
+        return func(*args[:position], changed, *args[position + 1 :], **(kwargs or {}))

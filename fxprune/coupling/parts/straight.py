@@ -1,5 +1,6 @@
-"""Whether the Python between parts can go one way only, whatever the numbers that it has taken out
-of tensors.
+"""A test whether the Python code between parts can go one way only.
+
+If it can, numbers that it takes out of tensors cannot change which parts it calls.
 """
 
 from __future__ import annotations
@@ -21,22 +22,26 @@ __all__ = ["is_straight"]
 
 
 def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], object]) -> bool:
-    """Whether what runs outside of parts has no branch, no handler of exceptions, no loop that
-    calls parts, and chooses no module.
+    """Tell whether the code that runs outside of parts can go one way only.
 
-    A loop without calls of parts computes more or less of the same; a branch may choose what goes
-    into the next part.
+    It must have no branch, no exception handler and no loop that calls parts, and it must not
+    choose a module by name or index. A branch could choose the input of the next part. A loop that
+    calls no parts only computes more or less of the same.
 
     Parameters
     ----------
+    model:
+        A private copy of the model.
+    parts:
+        Paths of its parts.
     run:
-        Calls the model, whose modules at the paths of ``parts`` are called as they are.
+        Calls the model.
     """
     seen = _Profile()
 
     def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         seen.note_callers()
-        with seen.looking_away():
+        with seen.paused():
             return call()
 
     before = sys.getprofile()
@@ -46,17 +51,26 @@ def is_straight(model: nn.Module, parts: Collection[str], run: Callable[[], obje
             run()
         finally:
             sys.setprofile(before)
-    return not seen.chooses and not any(
-        _can_turn(code, code in seen.callers) for code in seen.codes
-    )
+    turns = any(_can_turn(code, code in seen.callers) for code in seen.codes)
+    return not seen.chooses and not turns
 
 
 class _Profile:
-    """What :func:`sys.setprofile` tells of the model's own functions."""
+    """A profiler for :func:`sys.setprofile` that collects the model's own functions that run.
+
+    Attributes
+    ----------
+    codes:
+        Their code objects.
+    callers:
+        Code of functions that call parts, directly or not.
+    chooses:
+        Whether a module was chosen by name or index.
+    """
 
     def __init__(self) -> None:
         self.codes: set[CodeType] = set()
-        self.callers: set[CodeType] = set()  # those that call parts, directly or not
+        self.callers: set[CodeType] = set()
         self.chooses = False
         self._away = False
 
@@ -64,24 +78,25 @@ class _Profile:
         if self._away:
             return
         code = frame.f_code
-        if event == "c_call" and arg is getattr and _is_models(frame):
+        if event == "c_call" and arg is getattr and _is_of_model(frame):
             self.chooses = True
         if event != "call":
             return
-        if _is_models(frame):
+        if _is_of_model(frame):
             self.codes.add(code)
         elif code.co_name == "__getitem__" and isinstance(frame.f_locals.get("self"), nn.Module):
             self.chooses = True
 
     def note_callers(self) -> None:
-        """Note the functions that are running."""
+        """Record the code of all functions that are running, because a part is being called."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             self.callers.add(frame.f_code)
             frame = frame.f_back
 
     @contextmanager
-    def looking_away(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
+        """Ignore the functions that run inside this context."""
         self._away = True
         try:
             yield
@@ -89,29 +104,27 @@ class _Profile:
             self._away = False
 
 
-def _is_models(frame: FrameType) -> bool:
-    """Whether a function may have to do with the tensors and modules of the model: not torch's,
-    nor Python's, nor NumPy's.
+def _is_of_model(frame: FrameType) -> bool:
+    """Tell whether a function may handle tensors or modules of the model.
+
+    Functions of torch, of fxprune and of the standard library do not count. Functions of other
+    packages count only if they can reach tensors, modules or functions.
     """
     code = frame.f_code
-    if is_ours(code.co_filename) or (
-        code.co_filename.startswith(_STANDARD_LIBRARY)
-        and not code.co_filename.startswith(_PACKAGES)
-    ):
+    file = code.co_filename
+    if is_ours(file) or (file.startswith(_STANDARD_LIBRARY) and not file.startswith(_PACKAGES)):
         return False
-    given = [
-        frame.f_locals.get(name)
-        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    ]
-    return (
-        "torch" in frame.f_globals
-        or bool(code.co_freevars)
-        or any(
-            isinstance(value, (Tensor, nn.Module))
-            or (callable(value) and not isinstance(value, type))
-            for value in given
-        )
-    )
+    if "torch" in frame.f_globals or code.co_freevars:
+        return True
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return any(_is_tensor_or_code(frame.f_locals.get(name)) for name in arguments)
+
+
+def _is_tensor_or_code(value: Any) -> bool:
+    """Tell whether a value is a tensor, a module or a function."""
+    if isinstance(value, (Tensor, nn.Module)):
+        return True
+    return callable(value) and not isinstance(value, type)
 
 
 _STANDARD_LIBRARY = (
@@ -123,6 +136,7 @@ _PACKAGES = (f"{sysconfig.get_paths()['purelib']}/", f"{sysconfig.get_paths()['p
 
 
 def _can_turn(code: CodeType, calls_parts: bool) -> bool:
-    names = {at.opname for at in dis.get_instructions(code)}
+    """Tell whether code can go another way: by a branch, a handler, or a loop that calls parts."""
+    names = {each.opname for each in dis.get_instructions(code)}
     turns = {"PUSH_EXC_INFO", "SEND"} | ({"FOR_ITER"} if calls_parts else set())
     return any("JUMP" in name and "IF" in name for name in names) or bool(names & turns)

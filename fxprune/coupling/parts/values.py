@@ -1,4 +1,4 @@
-"""Which values a model's Python runs on where it is not one graph."""
+"""Choice of the input values on which a model in parts runs."""
 
 from __future__ import annotations
 
@@ -11,46 +11,50 @@ import torch
 from torch import nn
 
 from fxprune.common.contents import tensors_of
-from fxprune.coupling.parts.calls import in_one_thread, intercepted
+from fxprune.coupling.parts.calls import in_one_thread, intercepted, paths_with_parameters
 from fxprune.errors import FxpruneError, InputError, ModelError, TraceError
 from fxprune.inputs import Call, filled, kept, placed, random
 from fxprune.trace import MetaCopy, set_mode, slow_path, user_line
 from fxprune.trace.aliasing import Undone
 from fxprune.trace.user_code import UNKNOWN, ElsewhereError, takes_functions
 
-__all__ = ["runnable"]
+__all__ = ["find_runnable"]
 
 
-def runnable(meta_copy: MetaCopy, example: Call, refused: Exception) -> Call:
-    """The example with values on which the model runs, and calls as many of its modules as can be
-    reached.
+def find_runnable(meta_copy: MetaCopy, example: Call, refused: Exception) -> Call:
+    """Return the example with values on which the model runs and calls the most modules.
 
-    These are the values that a plan holds (:func:`fxprune.inputs.kept`); else the example's own;
-    else random ones. Later ones are tried only where those before them leave a module out.
+    The candidates are the values that a plan holds (:func:`fxprune.inputs.kept`), the example's
+    own, and random ones. A later candidate is tried only if all earlier ones leave out a module.
+
+    Parameters
+    ----------
+    meta_copy:
+        The model; copies of it with data run.
+    example:
+        The example; its tensors may be meta tensors.
+    refused:
+        Why the model is not one graph.
 
     Raises
     ------
-    InputError
+    InputError, ModelError, TraceError
         If the model fails on the example's own values.
     Exception
-        ``refused``, why the model is no graph, if it lies on the meta device and cannot be run.
+        ``refused``, if the model is on the meta device, or fails on all candidates.
     """
     if meta_copy.device.type == "meta":
         raise refused
-    every = {
-        path
-        for path, module in meta_copy.model.named_modules()
-        if path and any(True for _ in module.parameters())
-    }
+    every = paths_with_parameters(meta_copy.model)
     best, most = None, -1
-    for call, own in _example_values(example):
+    for call, is_example in _example_values(example):
         try:
             called = len(_modules_called(meta_copy, call, every))
         except ElsewhereError:
             raise
         except Exception as error:  # whatever the model raises
-            if own:
-                raise _fails(meta_copy, error, refused) from error
+            if is_example:
+                raise _error_for_user(meta_copy, error, refused) from error
             continue
         if called > most:
             best, most = call, called
@@ -62,7 +66,7 @@ def runnable(meta_copy: MetaCopy, example: Call, refused: Exception) -> Call:
 
 
 def _example_values(example: Call) -> Iterator[tuple[Call, bool]]:
-    """Values to try, and whether they are the example's own."""
+    """Yield calls with values to try, and whether the values are the example's own."""
     data = filled(example)
     real = not any(tensor.is_meta for tensor in tensors_of(example))
     stored = kept(data)
@@ -74,7 +78,7 @@ def _example_values(example: Call) -> Iterator[tuple[Call, bool]]:
 
 
 def _modules_called(meta_copy: MetaCopy, call: Call, paths: set[str]) -> set[str]:
-    """Which of these modules a call reaches."""
+    """Run the model on a call, and return the paths among ``paths`` whose modules are called."""
     model, found = meta_copy.instance(), set[str]()
     set_mode(model, training=False)
 
@@ -95,14 +99,15 @@ def _modules_called(meta_copy: MetaCopy, call: Call, paths: set[str]) -> set[str
     return found
 
 
-def _fails(meta_copy: MetaCopy, error: Exception, refused: Exception) -> Exception:
+def _error_for_user(meta_copy: MetaCopy, error: Exception, refused: Exception) -> Exception:
+    """Return the exception that tells the user why the model fails on the example."""
     if isinstance(error, FxpruneError):
         return error
     if takes_functions(error):
         return TraceError(takes_functions(error))
     where = user_line(traceback.extract_tb(error.__traceback__))
     if isinstance(refused, InputError) and where in (refused.line, UNKNOWN):
-        # it says more: the arguments that forward takes, or shapes and the layer's weights
+        # its message says more: forward's arguments, or shapes and the layer's weights
         return refused
     if _is_of_model(error):
         return ModelError(
@@ -118,10 +123,10 @@ def _fails(meta_copy: MetaCopy, error: Exception, refused: Exception) -> Excepti
 
 
 def _is_of_model(error: Exception) -> bool:
-    """Whether an exception has nothing to do with inputs: a name, or an attribute of a module,
-    that is not there.
+    """Tell whether an exception is the model's fault, whatever its inputs.
 
-    A local variable without a value may have one for other inputs.
+    It is if a name is missing, or an attribute of a module. A local variable without a value does
+    not count, because it may have one for other inputs.
     """
     if isinstance(error, AttributeError):
         return isinstance(error.obj, (nn.Module, ModuleType))
