@@ -24,7 +24,9 @@ from torch.nn import functional as F
 from torchvision.ops import nms, roi_align
 
 import fxprune
+from fxprune.coupling.parts.python import RealMode
 from fxprune.errors import ArgumentError
+from fxprune.ops import Context
 from fxprune.rewrite.module import PrunedModule
 from tests.support.checking import masked, randomise
 
@@ -729,6 +731,16 @@ def test_a_module_is_called_through_whatever_holds_it(
 class Fusible(Repeated):
     def forward_fused(self, x: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)) * 2)
+
+
+def test_indices_that_stand_for_none_differ() -> None:
+    """An image without boxes writes with no index. Two equal ones in its place would race: the
+    plan would be another one from run to run.
+    """
+    mode = RealMode(Context())
+    assert mode._with_elements(torch.zeros(0, dtype=torch.int64)).tolist() == [0, 1]
+    assert mode._with_elements(torch.zeros(2, 0, dtype=torch.int32)).tolist() == [[0, 1]] * 2
+    assert mode._with_elements(torch.zeros(0, 3)).tolist() == [[0.0] * 3] * 2
 
 
 def test_a_part_hides_no_method_of_the_users() -> None:

@@ -346,6 +346,11 @@ class RealMode(LabelMode):
         made = torch.zeros(sizes, dtype=tensor.dtype, device=tensor.device)
         if made.dtype is torch.bool:
             made[...] = True
+        elif not made.is_floating_point() and not made.is_complex():
+            # Indices must differ: of two values written to one place, either may be the last.
+            place = tensor.shape.index(0)
+            along = [-1 if dim == place else 1 for dim in range(made.dim())]
+            made += torch.arange(sizes[place], dtype=made.dtype, device=made.device).view(along)
         self.carry(made, self.context.fields(tensor))
         return made
 
