@@ -18,8 +18,8 @@ from torch import nn
 from fxprune.calibration import check_loader
 from fxprune.common.compiled import plain
 from fxprune.common.models import check_model
-from fxprune.common.numbers import number, switch, whole
-from fxprune.common.public import public, shown
+from fxprune.common.numbers import as_number, check_bool, check_integer
+from fxprune.common.public import public, short_repr
 from fxprune.coupling import Coupling, Terms
 from fxprune.coupling.analysis import Clock, label_and_couple
 from fxprune.criteria import Criterion
@@ -228,7 +228,7 @@ def prune(
     """
     budget = read_budget(channels, macs, params, latency, scope, layers, round_to, min_channels)
     setting = latency_setting(device, budget, example_inputs)
-    verify = None if verify is None else switch("verify", verify)
+    verify = None if verify is None else check_bool("verify", verify)
     task = _task(model, example_inputs, keep, units, criterion, budget, setting)
     pruned, coupling = carry_out(task, verify)
     warn_of_evaluation(coupling, stacklevel=3)
@@ -439,9 +439,9 @@ def verify(
     """
     options: dict[str, Any] = {
         "dtype": _checked_dtype(dtype),
-        "randomize": switch("randomize", randomize),
-        "seed": whole("seed", seed, 0) % 2**63,
-        "numeric": switch("numeric", numeric),
+        "randomize": check_bool("randomize", randomize),
+        "seed": check_integer("seed", seed, 0) % 2**63,
+        "numeric": check_bool("numeric", numeric),
     }
     check_pruned(pruned, "verify")
     model = plain(model)
@@ -456,7 +456,7 @@ def _checked_dtype(dtype: Any) -> torch.dtype:
     """Return ``dtype``, or raise an ArgumentError if it is not a floating-point type."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ArgumentError(
-            f"dtype={shown(dtype)} is no floating-point type of torch, e.g. torch.float64."
+            f"dtype={short_repr(dtype)} is no floating-point type of torch, e.g. torch.float64."
         )
     return dtype
 
@@ -512,7 +512,9 @@ def compensate(
     ('2',)
     """
     if not isinstance(method, str) or method not in ("constants", "least_squares"):
-        raise ArgumentError(f"method={shown(method)} is neither 'constants' nor 'least_squares'.")
+        raise ArgumentError(
+            f"method={short_repr(method)} is neither 'constants' nor 'least_squares'."
+        )
     damping = _checked_ridge(ridge)
     check_pruned(pruned, "compensate")
     model = plain(model)
@@ -527,10 +529,10 @@ def compensate(
 
 def _checked_ridge(ridge: Any) -> float:
     """Return ``ridge`` as a number, or raise an ArgumentError if it is not one of at least 0."""
-    damping = number(ridge)
+    damping = as_number(ridge)
     if damping is None or not 0 <= damping < float("inf"):
         raise ArgumentError(
-            f"ridge={shown(ridge)} must be a number of at least 0, e.g. ridge=1e-4."
+            f"ridge={short_repr(ridge)} must be a number of at least 0, e.g. ridge=1e-4."
         )
     return damping
 

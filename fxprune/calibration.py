@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fxprune.common.contents import tensors_of
-from fxprune.common.public import calling, drawn_from
+from fxprune.common.public import calling_user_code, iterate_user_input
 from fxprune.errors import ArgumentError
 from fxprune.inputs import Call, as_call
 
@@ -84,7 +84,7 @@ def batches_of(loader: Loader, model: nn.Module, example: Call) -> Iterator[Load
         # a model may write into its inputs, which belong to the loader
         return tensor.detach().to(device, copy=True)
 
-    for batch in drawn_from(loader):
+    for batch in iterate_user_input(loader):
         call, targets = loader_call(batch, example)
         size = _checked_size(call, batch)
         args, kwargs = tree_map_only(Tensor, copied, (call.args, call.kwargs))
@@ -141,7 +141,7 @@ def call_model(model: Callable[..., Any], batch: LoaderBatch, *, packed: bool = 
     CallbackError
         If the model raises an error, because the batch does not fit.
     """
-    with calling("the model, given a batch of the loader,"):
+    with calling_user_code("the model, given a batch of the loader,"):
         return model(batch.args, batch.kwargs) if packed else model(*batch.args, **batch.kwargs)
 
 

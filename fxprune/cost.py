@@ -23,7 +23,7 @@ from fxprune.common.compiled import plain
 from fxprune.common.dispatch import DispatchMode, tensors_in
 from fxprune.common.identity import IdentityMap
 from fxprune.common.models import check_structure
-from fxprune.common.public import calling, public
+from fxprune.common.public import calling_user_code, public
 from fxprune.inputs import ExampleInputs, read
 from fxprune.ops.macs import has_formula, op_macs
 from fxprune.ops.running import has_shape, run
@@ -116,7 +116,7 @@ def cost_of(module: nn.Module, example_inputs: ExampleInputs) -> Cost:
     args, kwargs = read(example_inputs)
     args, kwargs, state = _meta_tree(args), _meta_tree(kwargs), _meta_state(module)
     counter = _ShapeCounter()
-    running = calling(f"the {type(module).__name__}, run on tensors without data,")
+    running = calling_user_code(f"the {type(module).__name__}, run on tensors without data,")
     # functional_call puts the module's own tensors back, even if forward raises an error
     with running, _attributes_restored(module), torch.inference_mode(), counter:
         torch.func.functional_call(module, state, args, kwargs, tie_weights=False)

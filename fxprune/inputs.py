@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxprune.common.contents import tensors_of
-from fxprune.common.public import calling, shown
+from fxprune.common.public import calling_user_code, short_repr
 from fxprune.errors import InputError
 
 __all__ = [
@@ -99,7 +99,7 @@ def read(example_inputs: Any) -> Call:
     >>> read({"x": torch.zeros(1), "mask": None, "scale": 2}).kwargs
     {'x': tensor([0.]), 'mask': None, 'scale': 2}
     """
-    with calling("example_inputs, read as the arguments of a call,"):
+    with calling_user_code("example_inputs, read as the arguments of a call,"):
         call = as_call(example_inputs)
     _check_leaves(_leaves_of(call))
     if any(tensor.is_nested for tensor in tensors_of(call)):
@@ -139,9 +139,9 @@ def _check_leaves(leaves: Sequence[Any]) -> None:
         wrong = leaves[0]
     if wrong is not None:
         raise InputError(
-            f"example_inputs must hold tensors, got {type(wrong).__name__}: {shown(wrong)}. Pass "
-            "a tensor, a tuple of positional arguments or a dict of keyword arguments; numbers, "
-            "flags, text and None may stand beside the tensors."
+            f"example_inputs must hold tensors, got {type(wrong).__name__}: "
+            f"{short_repr(wrong)}. Pass a tensor, a tuple of positional arguments or a dict of "
+            "keyword arguments; numbers, flags, text and None may stand beside the tensors."
         )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fxprune.common.contents import named_tensors, tensors_of
 from fxprune.common.identity import IdentitySet
-from fxprune.common.numbers import share, whole
-from fxprune.common.public import calling, drawn_from, shown
+from fxprune.common.numbers import check_integer, check_share
+from fxprune.common.public import calling_user_code, iterate_user_input, short_repr
 from fxprune.errors import ArgumentError
 from fxprune.latency import Setting
 from fxprune.result.plan import Plan, check_groups
@@ -55,7 +55,7 @@ def kept_modules(model: nn.Module, keep: Any) -> tuple[str, ...]:
     if isinstance(keep, (str, nn.Module)):
         entries = [keep]
     elif isinstance(keep, Iterable) and not isinstance(keep, (Tensor, Mapping, type, bytes)):
-        entries = list(drawn_from(keep, "keep"))
+        entries = list(iterate_user_input(keep, "keep"))
     else:
         raise ArgumentError(
             f"keep is {_kind_of(keep)}: give a module name, a glob, a module object, or a list "
@@ -84,7 +84,7 @@ def whole_head_tensors(model: nn.Module, units: str | Mapping[str, str]) -> tupl
     for glob, unit in chosen.items():
         if not isinstance(unit, str) or unit not in ("dims", "heads"):
             raise ArgumentError(
-                f'units: {shown(unit)} is neither "dims" (of heads, balanced over them) nor '
+                f'units: {short_repr(unit)} is neither "dims" (of heads, balanced over them) nor '
                 '"heads" (whole ones).'
             )
         covered = _modules_below(model, _matching_modules(model, glob, "units"))
@@ -195,8 +195,8 @@ def read_budget(
         **checked,
         layers=_read_layer_shares(layers),
         scope=_read_scope(scope),
-        round_to=whole("round_to", round_to),
-        min_channels=whole("min_channels", min_channels),
+        round_to=check_integer("round_to", round_to),
+        min_channels=check_integer("min_channels", min_channels),
     )
 
 
@@ -214,7 +214,7 @@ def _read_share(name: str, value: Any) -> float | None:
     """Return the share that an argument of this name gives, or None if it is None."""
     if value is None:
         return None
-    return share(name, value, f"the share of {_COUNTED[name]} to keep")
+    return check_share(name, value, f"the share of {_COUNTED[name]} to keep")
 
 
 def _read_layer_shares(layers: Mapping[Any, Any]) -> dict[str, float]:
@@ -227,7 +227,7 @@ def _read_layer_shares(layers: Mapping[Any, Any]) -> dict[str, float]:
                 f"as {{'layer4.*': 0.3}}."
             )
         meaning = "the share of channels that these layers keep"
-        shares[glob] = share(f"layers[{glob!r}]", value, meaning)
+        shares[glob] = check_share(f"layers[{glob!r}]", value, meaning)
     return shares
 
 
@@ -235,7 +235,8 @@ def _read_scope(scope: Any) -> str:
     """Return the argument ``scope``, "group" or "global"."""
     if not isinstance(scope, str) or scope not in ("group", "global"):
         raise ArgumentError(
-            f'scope={shown(scope)} is neither "group" (every group keeps the share) nor "global" '
+            f'scope={short_repr(scope)} is neither "group" (every group keeps the share) nor '
+            '"global" '
             "(all groups together)."
         )
     return scope
@@ -312,5 +313,5 @@ def build_model(model_factory: Any) -> Any:
     """Return the model that a factory builds, or the argument itself if it is not a factory."""
     if isinstance(model_factory, nn.Module) or not callable(model_factory):
         return model_factory
-    with calling("the model_factory"):
+    with calling_user_code("the model_factory"):
         return model_factory()

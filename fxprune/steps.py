@@ -18,7 +18,7 @@ from fxprune.api import load, prune
 from fxprune.common.compiled import plain
 from fxprune.common.contents import named_tensors
 from fxprune.common.models import check_model
-from fxprune.common.numbers import number, path_of, share, whole
+from fxprune.common.numbers import as_number, as_path, check_integer, check_share
 from fxprune.common.public import guarded, public
 from fxprune.cost import cost_of
 from fxprune.errors import ArgumentError, PlanError, SignatureError
@@ -95,12 +95,12 @@ class Steps:
         _check_options(options)
         model = plain(model)
         check_model(model)
-        count = whole("count", count)
+        count = check_integer("count", count)
         self.budget = _final_budget({"macs": macs, "params": params})
         if "keep" in options:  # by names, because the smaller models have these too
             options["keep"] = tuple(sorted(kept_modules(model, options["keep"])))
         self.model, self.inputs, self.count, self.options = model, example_inputs, count, options
-        self.folder = None if folder is None else path_of("the folder", folder)
+        self.folder = None if folder is None else as_path("the folder", folder)
         if self.folder is not None:
             self._claim(self.folder)
 
@@ -247,7 +247,7 @@ def _final_budget(shares: Mapping[str, float | None]) -> dict[str, float]:
     if not given:
         raise ArgumentError("nothing says how far to go: give macs= or params=, e.g. macs=0.25.")
     meaning = "the share of the original to end with"
-    return {name: share(name, value, meaning) for name, value in given.items()}
+    return {name: check_share(name, value, meaning) for name, value in given.items()}
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -297,8 +297,8 @@ def describe(value: Any) -> Any:
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, (bool, int, float)) or number(value) is not None:
-        return value if isinstance(value, bool) else number(value)
+    if isinstance(value, (bool, int, float)) or as_number(value) is not None:
+        return value if isinstance(value, bool) else as_number(value)
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -21,7 +21,7 @@ from torch import nn
 
 import fxprune
 from fxprune import cost, criteria, latency
-from fxprune.common.public import calling, drawn_from, public
+from fxprune.common.public import calling_user_code, iterate_user_input, public
 from fxprune.errors import (
     ArgumentError,
     CallbackError,
@@ -487,7 +487,7 @@ def test_an_unforeseen_error_is_told_as_a_bug() -> None:
 def test_what_passes_as_it_is(error: type[BaseException]) -> None:
     @public
     def fails() -> None:
-        with calling("the callback"):
+        with calling_user_code("the callback"):
             raise error("as it is")
 
     with pytest.raises(error, match="as it is") as caught:
@@ -510,12 +510,12 @@ def test_code_of_the_caller_is_named() -> None:
             CallbackError,
             match=r"the loss raised RuntimeError: the user's own \(at test_slips.py:\d+\)",
         ),
-        calling("the loss"),
+        calling_user_code("the loss"),
     ):
         raising()
     with pytest.raises(CallbackError, match="the loader raised OSError: the disk is gone"):
-        list(drawn_from(RaisesWhenRead()))
-    assert list(drawn_from([1, 2])) == [1, 2]
+        list(iterate_user_input(RaisesWhenRead()))
+    assert list(iterate_user_input([1, 2])) == [1, 2]
 
 
 def test_a_factory_that_fails_or_wants_arguments(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fxprune import api
 from fxprune.cli.terminal import stderr
 from fxprune.common.hooks import in_mode
-from fxprune.common.public import calling
+from fxprune.common.public import calling_user_code
 from fxprune.errors import ArgumentError, CallbackError, InputError
 
 __all__ = [
@@ -201,7 +201,7 @@ def usual_shapes(name: str) -> list[str]:
 def _own_model(spec: str) -> nn.Module:
     """Return the user's model: a module, or the result of calling a factory without arguments."""
     found = import_attribute(spec, "MODEL")
-    with calling(f"{spec}, called without arguments,"):
+    with calling_user_code(f"{spec}, called without arguments,"):
         model = found() if callable(found) and not isinstance(found, nn.Module) else found
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{spec} gave {type(model).__name__}, not a torch.nn.Module.")
@@ -229,7 +229,7 @@ def import_attribute(spec: str, role: str) -> Any:
     found: Any = _import_module(module_name, f"{role} {spec!r}")
     missing = object()
     for part in attribute.split("."):
-        with calling(f"{spec}, asked for {part!r},"):
+        with calling_user_code(f"{spec}, asked for {part!r},"):
             found = getattr(found, part, missing)
         if found is missing:
             raise ArgumentError(
@@ -261,7 +261,7 @@ def _import_module(module_name: str, purpose: str) -> ModuleType:
     if here not in sys.path:
         sys.path.insert(0, here)  # as python -m does: finds modules in the working folder
     try:
-        with calling(f"the import of {module_name!r}"):
+        with calling_user_code(f"the import of {module_name!r}"):
             return importlib.import_module(module_name)
     except CallbackError as error:
         if isinstance(error.__cause__, ImportError):

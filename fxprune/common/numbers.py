@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.common.public import shown
+from fxprune.common.public import short_repr
 from fxprune.errors import ArgumentError
 
-__all__ = ["device_of", "number", "path_of", "share", "switch", "whole"]
+__all__ = ["as_device", "as_number", "as_path", "check_bool", "check_integer", "check_share"]
 
 
-def number(value: Any) -> int | float | None:
+def as_number(value: Any) -> int | float | None:
     """Return a real number as an int or a float; None for anything else, including bools.
 
     A number of less than double precision becomes the decimal number that it is printed as.
 
     >>> given = 3, np.int64(3), np.float32(0.7), torch.tensor(0.5), True, "3"
-    >>> tuple(map(number, given))
+    >>> tuple(map(as_number, given))
     (3, 3, 0.7, 0.5, None, None)
     """
     if isinstance(value, Tensor):
@@ -46,7 +46,7 @@ def number(value: Any) -> int | float | None:
     return float(str(value)) if isinstance(value, np.floating) else float(value)
 
 
-def share(name: str, value: Any, meaning: str) -> float:
+def check_share(name: str, value: Any, meaning: str) -> float:
     """Return a number in (0, 1] as a float.
 
     Parameters
@@ -63,15 +63,15 @@ def share(name: str, value: Any, meaning: str) -> float:
     ArgumentError
         If the value is not a number in (0, 1].
     """
-    found = number(value)
+    found = as_number(value)
     if found is None or not math.isfinite(found) or not 0 < found <= 1:
         raise ArgumentError(
-            f"{name}={shown(value)} is outside (0, 1]: it is {meaning}, e.g. {name}=0.5."
+            f"{name}={short_repr(value)} is outside (0, 1]: it is {meaning}, e.g. {name}=0.5."
         )
     return float(found)
 
 
-def whole(name: str, value: Any, least: int = 1) -> int:
+def check_integer(name: str, value: Any, least: int = 1) -> int:
     """Return a whole number as an int.
 
     ``name`` is the name of the argument, for the error message.
@@ -81,13 +81,15 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     ArgumentError
         If the value is not a whole number or is below ``least``.
     """
-    found = number(value)
+    found = as_number(value)
     if not isinstance(found, int) or found < least:
-        raise ArgumentError(f"{name}={shown(value)} must be a whole number of at least {least}.")
+        raise ArgumentError(
+            f"{name}={short_repr(value)} must be a whole number of at least {least}."
+        )
     return found
 
 
-def switch(name: str, value: Any) -> bool:
+def check_bool(name: str, value: Any) -> bool:
     """Return a boolean as a bool.
 
     ``name`` is the name of the argument, for the error message.
@@ -98,11 +100,11 @@ def switch(name: str, value: Any) -> bool:
         If the value is neither True nor False.
     """
     if not isinstance(value, (bool, np.bool_)):
-        raise ArgumentError(f"{name}={shown(value)} is neither True nor False.")
+        raise ArgumentError(f"{name}={short_repr(value)} is neither True nor False.")
     return bool(value)
 
 
-def path_of(name: str, value: Any) -> Path:
+def as_path(name: str, value: Any) -> Path:
     """Return the name of a file or a folder as a path.
 
     ``name`` is the name of the argument, for the error message.
@@ -113,19 +115,21 @@ def path_of(name: str, value: Any) -> Path:
         If the value is not a path, or contains characters that no file name can have.
     """
     if not isinstance(value, (str, os.PathLike)):
-        raise ArgumentError(f"{name} is {shown(value)}, a {type(value).__name__}: give a path.")
+        raise ArgumentError(
+            f"{name} is {short_repr(value)}, a {type(value).__name__}: give a path."
+        )
     try:
         is_valid = b"\0" not in os.fsencode(value)
     except ValueError:  # characters that no file name can have on this system
         is_valid = False
     if not is_valid:
         raise ArgumentError(
-            f"{name} {shown(value)} is a name that no file system takes: give another."
+            f"{name} {short_repr(value)} is a name that no file system takes: give another."
         )
     return Path(os.fsdecode(value))
 
 
-def device_of(name: str, value: Any, *, here: bool = True) -> torch.device:
+def as_device(name: str, value: Any, *, here: bool = True) -> torch.device:
     """Return a device.
 
     Parameters
@@ -149,6 +153,6 @@ def device_of(name: str, value: Any, *, here: bool = True) -> torch.device:
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         # torch raises any of these if there is no such device
         raise ArgumentError(
-            f"{name}={shown(value)} cannot be used here: {str(error).splitlines()[0]:.200}"
+            f"{name}={short_repr(value)} cannot be used here: {str(error).splitlines()[0]:.200}"
         ) from error
     return device

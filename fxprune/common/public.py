@@ -1,7 +1,7 @@
 """Guards that make public functions raise only :class:`~fxprune.errors.FxpruneError`.
 
-:func:`public` guards the functions and classes that users call. :func:`calling` and
-:func:`drawn_from` run code of the user, so that its errors differ from errors of fxprune.
+:func:`public` guards the functions and classes that users call. :func:`calling_user_code` and
+:func:`iterate_user_input` run code of the user, so that its errors differ from errors of fxprune.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fxprune.errors import (
     SignatureError,
 )
 
-__all__ = ["calling", "drawn_from", "guarded", "public", "shown"]
+__all__ = ["calling_user_code", "guarded", "iterate_user_input", "public", "short_repr"]
 
 T = TypeVar("T")
 
@@ -146,12 +146,12 @@ def _hint_at_argument(function: Any, kwargs: dict[str, Any]) -> str:
 
 
 @contextmanager
-def calling(source: str) -> Iterator[None]:
+def calling_user_code(source: str) -> Iterator[None]:
     """Run code of the user; its errors become a :class:`CallbackError`.
 
     ``source`` is the name of that code in the error message.
 
-    >>> with calling("the loss"):
+    >>> with calling_user_code("the loss"):
     ...     1 / 0
     Traceback (most recent call last):
     fxprune.errors.CallbackError: the loss raised ZeroDivisionError: division by zero (at ...). ...
@@ -168,7 +168,7 @@ def calling(source: str) -> Iterator[None]:
         raise CallbackError(f"{text} It was handed to fxprune, which only calls it.") from error
 
 
-def drawn_from(loader: Iterable[T], source: str = "the loader") -> Iterator[T]:
+def iterate_user_input(loader: Iterable[T], source: str = "the loader") -> Iterator[T]:
     """Yield the items of an iterable of the user.
 
     Parameters
@@ -183,23 +183,23 @@ def drawn_from(loader: Iterable[T], source: str = "the loader") -> Iterator[T]:
     CallbackError
         If the iterable raises an error, or if it is not iterable.
     """
-    with calling(source):
+    with calling_user_code(source):
         items = iter(loader)
     end = object()
     while True:
-        with calling(source):
+        with calling_user_code(source):
             item = next(items, end)
         if item is end:
             return
         yield item  # type: ignore[misc]
 
 
-def shown(value: Any, most: int = 60) -> str:
+def short_repr(value: Any, most: int = 60) -> str:
     """Return a value as text for a message, at most ``most`` characters of its ``repr``.
 
     If its ``repr`` raises an error, the text names the type of the value.
 
-    >>> shown("a" * 100, 10), shown(0.5)
+    >>> short_repr("a" * 100, 10), short_repr(0.5)
     ("'aaaaaaaaa", '0.5')
     """
     try:

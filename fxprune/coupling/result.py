@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.common.identity import IdentityMap
-from fxprune.common.public import public, shown
+from fxprune.common.public import public, short_repr
 from fxprune.coupling.balance import Balance, shrinking_dim
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.inputs import Call
@@ -273,7 +273,8 @@ class Coupling:
         """
         if shape is not None and not callable(shape):
             raise ArgumentError(
-                f"shape is {shown(shape)}: give a function from a tensor to its sizes, or None."
+                f"shape is {short_repr(shape)}: give a function from a tensor to its sizes, or "
+                "None."
             )
         contractions = self.contractions if of is None else of
         return round(sum(ran.share * ran.macs(shape) for ran in contractions))
@@ -340,7 +341,7 @@ class Coupling:
         """Return the parameter of this name, or raise an error if there is none."""
         if not isinstance(name, str) or name not in self.parameters:
             raise ArgumentError(
-                f"{shown(name)} is no parameter of the model that was analysed: they are the "
+                f"{short_repr(name)} is no parameter of the model that was analysed: they are the "
                 "keys of .parameters."
             )
         return self.parameters[name]
@@ -349,7 +350,7 @@ class Coupling:
         """Return the group, or raise an error if it belongs to another coupling."""
         if not isinstance(group, Group) or not any(group is known for known in self.groups):
             raise ArgumentError(
-                f"{shown(group)} is no group of this coupling: give one of its .groups."
+                f"{short_repr(group)} is no group of this coupling: give one of its .groups."
             )
         return group
 
@@ -378,7 +379,7 @@ class Coupling:
         tensor = self._parameter(name)
         if not isinstance(dim, int) or not 0 <= dim < max(tensor.dim(), 1):
             raise ArgumentError(
-                f"dim={shown(dim)} is no axis of {name!r}, which has {tensor.dim()}."
+                f"dim={short_repr(dim)} is no axis of {name!r}, which has {tensor.dim()}."
             )
         record = self.context.record(tensor)
         number = record.axes[dim] if record is not None and record.axes else -1

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.common.arrays import Floats
-from fxprune.common.numbers import whole
-from fxprune.common.public import calling, public, shown
+from fxprune.common.numbers import check_integer
+from fxprune.common.public import calling_user_code, public, short_repr
 from fxprune.coupling import Coupling, Group, check_coupling
 from fxprune.criteria.cpmc import CPMC
 from fxprune.criteria.data import Activation, Fisher, Taylor
@@ -92,7 +92,7 @@ class Random:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seed", whole("seed", self.seed, 0))
+        object.__setattr__(self, "seed", check_integer("seed", self.seed, 0))
 
     @public
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
@@ -248,8 +248,8 @@ def _as_criterion(criterion: Any) -> Any:
             near = difflib.get_close_matches(criterion, CRITERIA, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ArgumentError(
-                f"criterion {shown(criterion)} is unknown: choose from {', '.join(CRITERIA)}, or "
-                f"pass a callable.{hint}"
+                f"criterion {short_repr(criterion)} is unknown: choose from "
+                f"{', '.join(CRITERIA)}, or pass a callable.{hint}"
             )
         return CRITERIA[criterion]
     if isinstance(criterion, type):
@@ -272,7 +272,7 @@ def _call_of_criterion(criterion: Any, what: str) -> AbstractContextManager[None
     """
     kind = criterion if hasattr(criterion, "__qualname__") else type(criterion)
     ours = str(getattr(kind, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
-    return nullcontext() if ours else calling(what)
+    return nullcontext() if ours else calling_user_code(what)
 
 
 def _scores_of_labels(criterion: Any, coupling: Coupling, model: nn.Module) -> Floats:

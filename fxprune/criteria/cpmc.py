@@ -9,8 +9,8 @@ from dataclasses import InitVar, dataclass
 import torch
 from torch import Tensor
 
-from fxprune.common.numbers import number, switch
-from fxprune.common.public import public, shown
+from fxprune.common.numbers import as_number, check_bool
+from fxprune.common.public import public, short_repr
 from fxprune.criteria.views import ROLES, UnitView, check_roles, check_view
 from fxprune.errors import ArgumentError
 
@@ -107,10 +107,10 @@ class CPMC:
                 "CPMC: standing is called weigh_groups now.", DeprecationWarning, stacklevel=4
             )
         chosen = self.weigh_groups if standing is None else standing
-        weights = {name: number(getattr(self, name)) for name in ("alpha", "beta", "gamma")}
+        weights = {name: as_number(getattr(self, name)) for name in ("alpha", "beta", "gamma")}
         valid = [w is not None and math.isfinite(w) and w >= 0 for w in weights.values()]
         if not all(valid) or not any(weights.values()):
-            given = ", ".join(f"{shown(getattr(self, name))}" for name in weights)
+            given = ", ".join(f"{short_repr(getattr(self, name))}" for name in weights)
             raise ArgumentError(
                 f"CPMC: alpha, beta and gamma are {given}: give numbers of at least 0, not all "
                 "of them 0."
@@ -118,7 +118,7 @@ class CPMC:
         checked = {
             **weights,
             "roles": check_roles(self.roles),
-            "weigh_groups": switch("weigh_groups", chosen),
+            "weigh_groups": check_bool("weigh_groups", chosen),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

@@ -30,7 +30,7 @@ from fxprune.calibration import (
 )
 from fxprune.common.arrays import Floats
 from fxprune.common.identity import IdentityMap
-from fxprune.common.public import calling, public
+from fxprune.common.public import calling_user_code, public
 from fxprune.coupling import Coupling, check_coupling
 from fxprune.criteria.meter import Meter, RunningSum, placeholder_values, unchanged, watch_parts
 from fxprune.criteria.views import Views, at_least_float32
@@ -358,7 +358,9 @@ def _each_gradient(
         run = functools.partial(torch.func.functional_call, model, {**weights, **buffers})
         for batch in batches_of(loader, model, example):
             output = call_model(run, batch, packed=True)
-            with calling(f"the loss, given the model's output and {len(batch.targets)} targets,"):
+            with calling_user_code(
+                f"the loss, given the model's output and {len(batch.targets)} targets,"
+            ):
                 value = loss(output, *batch.targets)
             _check_loss(value)
             visit(_gradients_of_loss(value, weights), batch.size)
@@ -397,7 +399,7 @@ def _gradients_of_loss(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str,
     ArgumentError
         If the loss depends on no weight.
     """
-    with calling("the gradient of the loss"):
+    with calling_user_code("the gradient of the loss"):
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     found = {}
     for name, gradient in zip(weights, gradients, strict=True):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxprune.common.arrays import Floats
-from fxprune.common.public import calling, drawn_from, public, shown
+from fxprune.common.public import calling_user_code, iterate_user_input, public, short_repr
 from fxprune.coupling import Coupling, Group
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.labels import Array
@@ -56,10 +56,10 @@ def check_roles(roles: Iterable[str]) -> tuple[str, ...]:
     if isinstance(roles, str):
         found = (roles,)
     elif isinstance(roles, Iterable):
-        found = tuple(drawn_from(roles, "roles"))
+        found = tuple(iterate_user_input(roles, "roles"))
     if not found or not all(isinstance(role, str) and role in ROLES for role in found):
         raise ArgumentError(
-            f"roles={shown(roles)}: choose one or several of {', '.join(map(repr, ROLES))}."
+            f"roles={short_repr(roles)}: choose one or several of {', '.join(map(repr, ROLES))}."
         )
     return found
 
@@ -191,7 +191,7 @@ class Views:
             If it is no tensor of the same shape.
         """
         tensor = at_least_float32(self.tensors[name].detach())
-        with calling(f"the function that is summed over {name!r}"):
+        with calling_user_code(f"the function that is summed over {name!r}"):
             values = function(tensor)
         if not isinstance(values, Tensor) or values.shape != tensor.shape:
             raise ArgumentError(

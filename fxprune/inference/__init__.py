@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.common.hooks import in_mode
 from fxprune.common.identity import memo_of
-from fxprune.common.numbers import switch
+from fxprune.common.numbers import check_bool
 from fxprune.common.public import public
 from fxprune.errors import ModelError
 from fxprune.inference.constants import compute_constants
@@ -78,7 +78,7 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
             "graph. Of a dense model make one with prune(model, example_inputs, "
             "channels=1.0).model."
         )
-    channels_last = switch("channels_last", channels_last)
+    channels_last = check_bool("channels_last", channels_last)
     root = in_mode(_copy_of(model), False)
     # Python code beside graphs would see the layout
     channels_last = channels_last and isinstance(root, fx.GraphModule)

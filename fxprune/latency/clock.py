@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fxprune.common.numbers import device_of, number, whole
-from fxprune.common.public import calling, public, shown
+from fxprune.common.numbers import as_device, as_number, check_integer
+from fxprune.common.public import calling_user_code, public, short_repr
 from fxprune.errors import ArgumentError
 from fxprune.latency.cuda import use_device
 
@@ -110,13 +110,13 @@ def time_in_turns(
     (['short', 'long'], 3, True)
     """
     _check_runs(runs)
-    rounds, warm_up = whole("rounds", rounds), whole("warm_up", warm_up, 0)
+    rounds, warm_up = check_integer("rounds", rounds), check_integer("warm_up", warm_up, 0)
     seconds, device = _checked_seconds(seconds), _checked_device(device)
     on_gpu = device.type == "cuda"
     take_turn = _take_turn_on_gpu if on_gpu else _take_turn
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
-    with use_device(device), calling("a function that is timed"):
+    with use_device(device), calling_user_code("a function that is timed"):
         calls = {name: _warm_up(run, warm_up, seconds, on_gpu) for name, run in runs.items()}
         for number_of_round in range(rounds):
             first = number_of_round % len(order)
@@ -136,15 +136,15 @@ def _check_runs(runs: object) -> None:
 
 def _checked_seconds(seconds: object) -> float:
     """Return the duration of a turn; refuse anything but a positive finite number."""
-    checked = number(seconds)
+    checked = as_number(seconds)
     if checked is None or not 0 < checked < float("inf"):
-        raise ArgumentError(f"seconds={shown(seconds)} must be a number above 0.")
+        raise ArgumentError(f"seconds={short_repr(seconds)} must be a number above 0.")
     return checked
 
 
 def _checked_device(name: torch.device | str) -> torch.device:
     """Return a device; refuse a GPU if torch does not see any."""
-    device = device_of("device", name, here=False)
+    device = as_device("device", name, here=False)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(
             f"device={str(device)!r}: torch sees no GPU here. Leave device out to measure on the "

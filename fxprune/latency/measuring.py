@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxprune.common.contents import tensors_of
 from fxprune.common.hooks import in_mode
 from fxprune.common.identity import IdentitySet
-from fxprune.common.numbers import switch, whole
+from fxprune.common.numbers import check_bool, check_integer
 from fxprune.common.process_lock import TURN
-from fxprune.common.public import calling, public, shown
+from fxprune.common.public import calling_user_code, public, short_repr
 from fxprune.cost import MacCounter, cost_of
 from fxprune.errors import ArgumentError
 from fxprune.inference import LAYOUTS, lay_out
@@ -103,11 +103,11 @@ class Setting:
         if not are_names or self.precision not in PRECISIONS or self.mode not in MODES:
             known = f"precisions are {', '.join(PRECISIONS)}, modes are {', '.join(MODES)}"
             raise ArgumentError(
-                f"precision={shown(self.precision)}, mode={shown(self.mode)}: {known}."
+                f"precision={short_repr(self.precision)}, mode={short_repr(self.mode)}: {known}."
             )
         if self.batch is not None:
-            object.__setattr__(self, "batch", whole("batch", self.batch))
-        object.__setattr__(self, "channels_last", switch("channels_last", self.channels_last))
+            object.__setattr__(self, "batch", check_integer("batch", self.batch))
+        object.__setattr__(self, "channels_last", check_bool("channels_last", self.channels_last))
         if self.device is not None:
             object.__setattr__(self, "device", self._checked_device())
         if not self.on_gpu and (self.mode == "cudagraph" or self.precision == "tf32"):
@@ -127,8 +127,8 @@ class Setting:
         device = torch.device(given) if is_known else None
         if device is None or device.type not in ("cpu", "cuda"):
             raise ArgumentError(
-                f'device={shown(given)}: latency is measured on "cuda" or "cpu", or either with '
-                'a number, as "cuda:1".'
+                f'device={short_repr(given)}: latency is measured on "cuda" or "cpu", or either '
+                'with a number, as "cuda:1".'
             )
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ArgumentError(
@@ -438,7 +438,7 @@ def make_batch(example_inputs: Any, setting: Setting, seed: int = 0) -> Any:
 def _call_model(model: nn.Module, inputs: Any) -> Any:
     """Call a model; its errors become a :class:`CallbackError`."""
     args, kwargs = as_call(inputs)
-    with calling(f"the {type(model).__name__}"):
+    with calling_user_code(f"the {type(model).__name__}"):
         return model(*args, **kwargs)
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from fxprune.common.numbers import device_of, switch
-from fxprune.common.public import public, shown
+from fxprune.common.numbers import as_device, check_bool
+from fxprune.common.public import public, short_repr
 from fxprune.errors import ArgumentError
 from fxprune.latency.clock import time_in_turns
 
@@ -96,9 +96,9 @@ def roofline(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> Ro
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ArgumentError(
-            f"dtype={shown(dtype)} is no floating-point type of torch, e.g. torch.float32."
+            f"dtype={short_repr(dtype)} is no floating-point type of torch, e.g. torch.float32."
         )
-    return _measured(device_of("device", device), dtype, switch("tf32", tf32))
+    return _measured(as_device("device", device), dtype, check_bool("tf32", tf32))
 
 
 @functools.lru_cache(maxsize=32)

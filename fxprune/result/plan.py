@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.common.dispatch import META
-from fxprune.common.public import public, shown
+from fxprune.common.public import public, short_repr
 from fxprune.errors import PlanError
 from fxprune.inputs import Call, compressed, is_plain, restored, value_range, within
 
@@ -271,7 +271,7 @@ def _of_type(value: Any, kind: type) -> Any:
     """Return a value of exactly this type, or raise a ``TypeError``."""
     # not isinstance: True is an int
     if type(value) is not kind:
-        raise TypeError(f"{shown(value, 40)} is no {kind.__name__}")
+        raise TypeError(f"{short_repr(value, 40)} is no {kind.__name__}")
     return value
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fxprune.common.public import drawn_from, public
+from fxprune.common.public import iterate_user_input, public
 from fxprune.errors import ArgumentError, PlanError
 
 __all__ = ["GroupRow", "LatencyRow", "PinnedRow", "Report"]
@@ -136,12 +136,14 @@ class Report:
     def __post_init__(self) -> None:
         # Rows may be given as plain tuples, and pinned axes as one string or several.
         try:
-            groups = tuple(GroupRow(*row) for row in drawn_from(self.groups, "groups"))
+            groups = tuple(GroupRow(*row) for row in iterate_user_input(self.groups, "groups"))
             object.__setattr__(self, "groups", groups)
-            pinned = tuple(_pinned_rows(drawn_from(self.pinned, "pinned")))
+            pinned = tuple(_pinned_rows(iterate_user_input(self.pinned, "pinned")))
             object.__setattr__(self, "pinned", pinned)
             for name in _TEXTS:
-                object.__setattr__(self, name, tuple(drawn_from(getattr(self, name), name)))
+                object.__setattr__(
+                    self, name, tuple(iterate_user_input(getattr(self, name), name))
+                )
             self._check()
         except (TypeError, ValueError, AttributeError) as error:
             raise ArgumentError(f"a report cannot be made of this: {error}.") from error

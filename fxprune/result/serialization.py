@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxprune.common.identity import IdentityMap
-from fxprune.common.numbers import path_of
+from fxprune.common.numbers import as_path
 from fxprune.errors import ArgumentError, ModelError, PlanError
 from fxprune.result.plan import Plan
 from fxprune.result.report import Report
@@ -302,7 +302,7 @@ def write_files(folder: Folder, files: Mapping[str, Callable[[Path], object]]) -
     ArgumentError
         If the folder cannot be written to.
     """
-    folder = path_of("the folder", folder)
+    folder = as_path("the folder", folder)
     with _disk_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise ArgumentError(f"{folder} is a file, not a folder: name another.")
@@ -343,7 +343,7 @@ def read_files(folder: Folder, needed: tuple[str, ...]) -> dict[str, Path]:
     PlanError
         If a file is missing, or was truncated or changed, or if the manifest lacks a needed file.
     """
-    folder = path_of("the folder", folder)
+    folder = as_path("the folder", folder)
     with _disk_errors(folder):
         if not folder.is_dir():
             raise ArgumentError(

@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_map_only
 
 from fxprune.common.contents import tensors_of
 from fxprune.common.hooks import in_mode
-from fxprune.common.numbers import path_of, switch
-from fxprune.common.public import calling, public
+from fxprune.common.numbers import as_path, check_bool
+from fxprune.common.public import calling_user_code, public
 from fxprune.errors import ArgumentError, ExportError, ModelError, VerificationError
 from fxprune.inputs import Call, ExampleInputs, as_call, batch_size, drawn
 from fxprune.verification.comparing import relative_error
@@ -103,8 +103,8 @@ def export(
             "export(model, example_inputs, path) takes a torch.nn.Module as model, and got a "
             f"{type(model).__name__}."
         )
-    target = path_of("path", path)
-    dynamic_batch, check = switch("dynamic_batch", dynamic_batch), switch("check", check)
+    target = as_path("path", path)
+    dynamic_batch, check = check_bool("dynamic_batch", dynamic_batch), check_bool("check", check)
     _refuse_format(target)
     model = in_mode(copy.deepcopy(model), False)
     call = as_call(drawn(example_inputs, batch=2) if dynamic_batch else example_inputs)
@@ -249,7 +249,7 @@ def _quiet() -> Iterator[None]:
 
 def _check(model: nn.Module, calls: list[Call], file: Path, packages: list[str]) -> float:
     """Run the file on all calls in a process of its own, and return the largest relative error."""
-    with torch.no_grad(), calling(f"the {type(model).__name__}"):
+    with torch.no_grad(), calling_user_code(f"the {type(model).__name__}"):
         expected = [tensors_of(model(*args, **kwargs)) for args, kwargs in calls]
     worst = 0.0
     for outputs, references in zip(_run_apart(calls, file, packages), expected, strict=True):
