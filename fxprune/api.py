@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fxprune.calibration import check_loader
-from fxprune.common.compiled import plain
+from fxprune.common.compiled import uncompiled
 from fxprune.common.models import check_model
 from fxprune.common.numbers import as_number, check_bool, check_integer
 from fxprune.common.public import public, short_repr
@@ -99,7 +99,7 @@ def analyze(
     >>> print(analyze(net, torch.zeros(1, 3, 8, 8)).groups[0])
     8 units: 0.weight:0, 0.bias:0, 2.weight:1
     """
-    model = plain(model)
+    model = uncompiled(model)
     check_model(model)
     terms = _terms(model, keep, units)
     return label_and_couple(model, read(example_inputs), terms)
@@ -248,7 +248,7 @@ def _task(
     """Check the model and its arguments, and return everything that pruning needs."""
     clock = Clock()
     with clock("check"):
-        model = plain(model)
+        model = uncompiled(model)
         check_model(model)
         example = read(example_inputs)
         terms = _terms(model, keep, units)
@@ -292,7 +292,7 @@ def apply(plan: Plan, model: nn.Module) -> Pruned:
     True
     """
     check_plan(plan, "apply")
-    model = plain(model)
+    model = uncompiled(model)
     check_model(model)
     stages = stages_of(plan, model)
     pruned = apply_stage(stages[0], model)
@@ -444,7 +444,7 @@ def verify(
         "numeric": check_bool("numeric", numeric),
     }
     check_pruned(pruned, "verify")
-    model = plain(model)
+    model = uncompiled(model)
     check_model(model)
     if example_inputs is not None:
         read(example_inputs)  # raises InputError if they are not valid
@@ -517,7 +517,7 @@ def compensate(
         )
     damping = _checked_ridge(ridge)
     check_pruned(pruned, "compensate")
-    model = plain(model)
+    model = uncompiled(model)
     check_model(model)
     check_loader(loader)
     coupling, kept, _ = replay(_last_stage(pruned.plan, model), model)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxprune.common.compiled import plain
+from fxprune.common.compiled import uncompiled
 from fxprune.common.dispatch import DispatchMode, tensors_in
 from fxprune.common.identity import IdentityMap
 from fxprune.common.models import check_structure
@@ -111,7 +111,7 @@ def cost_of(module: nn.Module, example_inputs: ExampleInputs) -> Cost:
     >>> print(found)
     75,776 MACs, 20,706 parameters
     """
-    module = plain(module)
+    module = uncompiled(module)
     check_structure(module)
     args, kwargs = read(example_inputs)
     args, kwargs, state = _meta_tree(args), _meta_tree(kwargs), _meta_state(module)

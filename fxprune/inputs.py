@@ -2,8 +2,8 @@
 
 They are a tensor, a tuple of positional arguments, or a dict of keyword arguments. Tensors and
 constants may be nested inside. A graph is traced from the shapes alone. Where Python code of a
-model runs for real, it also reads values; :func:`kept` chooses values that a plan can store, so
-that a replay reads the same ones.
+model runs for real, it also reads values; :func:`storable_values` chooses values that a plan can
+store, so that a replay reads the same ones.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ __all__ = [
     "ExampleInputs",
     "as_call",
     "batch_size",
-    "compressed",
-    "drawn",
-    "filled",
+    "copied_to",
+    "decode_tensor",
+    "encode_tensor",
+    "fill_meta",
     "is_plain",
-    "kept",
-    "placed",
-    "random",
+    "random_in_range",
+    "random_like",
+    "randomised",
     "read",
-    "restored",
     "shapes_of",
+    "storable_values",
     "value_range",
-    "widened",
-    "within",
+    "with_larger_batch",
 ]
 
 
@@ -150,7 +150,7 @@ def shapes_of(call: Call) -> Call:
     return _map_tensors(lambda t: torch.empty(tuple(t.shape), dtype=t.dtype, device="meta"), call)
 
 
-def widened(call: Call, batch: int = 2) -> Call:
+def with_larger_batch(call: Call, batch: int = 2) -> Call:
     """Return the call with a larger batch, if every tensor has exactly one row.
 
     Rows are repeated. Any other call is returned as it is. A batch of 1 is ambiguous, because an
@@ -169,7 +169,7 @@ def _repeated(row: Tensor, batch: int) -> Tensor:
     return row.expand(batch, *row.shape[1:]).clone()
 
 
-def placed(call: Call, device: torch.device) -> Call:
+def copied_to(call: Call, device: torch.device) -> Call:
     """Return a copy of a call for one run, with its tensors detached and on ``device``.
 
     Other objects are copied too, because forward may change them. An object that cannot be copied
@@ -190,7 +190,7 @@ def _copied(leaf: Any, device: torch.device) -> Any:
         return leaf
 
 
-def filled(call: Call) -> Call:
+def fill_meta(call: Call) -> Call:
     """Return the call with values for its meta tensors, the same ones each time.
 
     Floating-point values lie between 0 and 1, all others are zero.
@@ -199,7 +199,7 @@ def filled(call: Call) -> Call:
     return _map_tensors(lambda t: _random(t, generator) if t.is_meta else t, call)
 
 
-def random(call: Call) -> Call:
+def randomised(call: Call) -> Call:
     """Return the call with its floating-point values drawn anew between 0 and 1.
 
     They are the same ones each time.
@@ -223,14 +223,14 @@ def _map_tensors(function: Callable[[Tensor], Tensor], call: Call) -> Call:
 _MOST_VALUES = 1 << 16  # upper limit on the characters of one tensor's data in a plan
 
 
-def kept(call: Call) -> Call:
+def storable_values(call: Call) -> Call:
     """Return the call with the values that a plan can store.
 
     Small tensors stay as they are. Large ones are replaced by random values within their range.
     The result does not change when this function is applied again, so a replay reads the values
     that the first analysis read.
 
-    >>> (ids, image), _ = kept(((torch.tensor([5, 3]), torch.rand(3, 400, 400)), {}))
+    >>> (ids, image), _ = storable_values(((torch.tensor([5, 3]), torch.rand(3, 400, 400)), {}))
     >>> ids, image.shape, bool(image.max() < 1)
     (tensor([5, 3]), torch.Size([3, 400, 400]), True)
     """
@@ -239,9 +239,9 @@ def kept(call: Call) -> Call:
 
 def _storable(tensor: Tensor) -> Tensor:
     """Return a small tensor as it is, and random values within the range of a large one."""
-    if not is_plain(tensor) or compressed(tensor):
+    if not is_plain(tensor) or encode_tensor(tensor):
         return tensor
-    return within(tuple(tensor.shape), tensor.dtype, *value_range(tensor))
+    return random_in_range(tuple(tensor.shape), tensor.dtype, *value_range(tensor))
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -257,15 +257,15 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def compressed(tensor: Tensor, most: float = _MOST_VALUES) -> str:
+def encode_tensor(tensor: Tensor, most: float = _MOST_VALUES) -> str:
     """Return a tensor's data as compressed text, or "" if that is longer than ``most``."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     text = base64.b64encode(zlib.compress(raw)).decode()
     return text if len(text) <= most else ""
 
 
-def restored(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return the tensor whose data :func:`compressed` wrote as ``text``.
+def decode_tensor(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the tensor whose data :func:`encode_tensor` wrote as ``text``.
 
     Raises
     ------
@@ -296,14 +296,14 @@ def value_range(tensor: Tensor) -> tuple[float, float]:
     return (values.min().item(), values.max().item()) if values.numel() else (0.0, 0.0)
 
 
-def within(shape: tuple[int, ...], dtype: torch.dtype, low: float, high: float) -> Tensor:
+def random_in_range(shape: tuple[int, ...], dtype: torch.dtype, low: float, high: float) -> Tensor:
     """Return a tensor with uniform random values in a range, the same ones each time.
 
     The first and the last element are set to ``low`` and ``high``, so that :func:`value_range`
     finds the range again.
     """
     if dtype.is_complex:
-        return torch.view_as_complex(within((*shape, 2), dtype.to_real(), low, high))
+        return torch.view_as_complex(random_in_range((*shape, 2), dtype.to_real(), low, high))
     generator = torch.Generator().manual_seed(0)
     share = torch.rand(shape, generator=generator, dtype=torch.float64)
     spread = (
@@ -339,7 +339,7 @@ def batch_size(example_inputs: Any) -> int:
     return 1
 
 
-def drawn(example_inputs: Any, *, batch: int | None = None, seed: int = 0) -> Any:
+def random_like(example_inputs: Any, *, batch: int | None = None, seed: int = 0) -> Any:
     """Return inputs like the example's, with new floating-point values from a normal distribution.
 
     Other values are kept.
@@ -355,7 +355,7 @@ def drawn(example_inputs: Any, *, batch: int | None = None, seed: int = 0) -> An
 
     Examples
     --------
-    >>> x, index = drawn((torch.zeros(2, 3), torch.tensor([5, 7])), batch=3)
+    >>> x, index = random_like((torch.zeros(2, 3), torch.tensor([5, 7])), batch=3)
     >>> x.shape, index
     (torch.Size([3, 3]), tensor([5, 7, 5]))
     """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.api import load, prune
-from fxprune.common.compiled import plain
+from fxprune.common.compiled import uncompiled
 from fxprune.common.contents import named_tensors
 from fxprune.common.models import check_model
 from fxprune.common.numbers import as_number, as_path, check_integer, check_share
@@ -93,7 +93,7 @@ class Steps:
         **options: Any,
     ) -> None:
         _check_options(options)
-        model = plain(model)
+        model = uncompiled(model)
         check_model(model)
         count = check_integer("count", count)
         self.budget = _final_budget({"macs": macs, "params": params})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.common.compiled import plain
+from fxprune.common.compiled import uncompiled
 from fxprune.cost import cost_of
 from tests.support.checking import masked, randomise, relative_error
 
@@ -36,7 +36,7 @@ def test_a_compiled_model_is_the_model_that_was_compiled(tmp_path: Path) -> None
         return graph.forward
 
     compiled = torch.compile(net, backend=run)
-    assert plain(compiled) is net
+    assert uncompiled(compiled) is net
     pruned = fxprune.prune(compiled, IMAGE, channels=0.5, verify=True)
     assert pruned.plan == fxprune.prune(net, IMAGE, channels=0.5).plan
     assert fxprune.verify(compiled, pruned, IMAGE).error < 1e-9

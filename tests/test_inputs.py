@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import InputError, ModelError, PlanError
-from fxprune.inputs import as_call, batch_size, drawn, read, shapes_of, widened
+from fxprune.inputs import as_call, batch_size, random_like, read, shapes_of, with_larger_batch
 
 IMAGES = [torch.zeros(3, 8, 8), torch.zeros(3, 6, 9)]
 
@@ -26,33 +26,33 @@ IMAGES = [torch.zeros(3, 8, 8), torch.zeros(3, 6, 9)]
 )
 def test_how_many_examples(example: Any, rows: int) -> None:
     assert batch_size(example) == rows
-    assert batch_size(drawn(example)) == rows
+    assert batch_size(random_like(example)) == rows
 
 
 def test_another_batch_of_a_tensor() -> None:
     x = torch.ones(2, 3, dtype=torch.float64)
-    new = drawn(x, batch=5)
+    new = random_like(x, batch=5)
     assert new.shape == (5, 3)
     assert new.dtype == torch.float64
     assert new.unique().numel() == 15
-    assert torch.equal(new, drawn(x, batch=5))
-    assert not torch.equal(new, drawn(x, batch=5, seed=1))
+    assert torch.equal(new, random_like(x, batch=5))
+    assert not torch.equal(new, random_like(x, batch=5, seed=1))
 
 
 def test_another_batch_of_images_of_several_sizes() -> None:
-    (images,) = drawn((IMAGES,), batch=3)
+    (images,) = random_like((IMAGES,), batch=3)
     assert [tuple(image.shape) for image in images] == [(3, 8, 8), (3, 6, 9), (3, 8, 8)]
 
 
 def test_a_list_at_the_top_is_one_argument() -> None:
     assert batch_size(IMAGES) == 2
-    new = drawn(IMAGES, batch=3)
+    new = random_like(IMAGES, batch=3)
     assert isinstance(new, list)
     assert [tuple(image.shape) for image in new] == [(3, 8, 8), (3, 6, 9), (3, 8, 8)]
 
 
 def test_only_what_has_a_row_per_example_changes() -> None:
-    new = drawn(
+    new = random_like(
         {
             "x": torch.zeros(2, 3),
             "index": torch.tensor([1, 0]),
@@ -175,10 +175,10 @@ def test_no_tensor_at_all() -> None:
 
 
 def test_rows_are_repeated_where_a_batch_of_one_is_widened() -> None:
-    (ids, x), kwargs = widened(((torch.tensor([5]), torch.ones(1, 2)), {"scale": 2}))
+    (ids, x), kwargs = with_larger_batch(((torch.tensor([5]), torch.ones(1, 2)), {"scale": 2}))
     assert ids.tolist() == [5, 5]
     assert (x.shape, kwargs) == ((2, 2), {"scale": 2})
-    (x, table), _ = widened(((torch.ones(1, 2), torch.ones(3)), {}))
+    (x, table), _ = with_larger_batch(((torch.ones(1, 2), torch.ones(3)), {}))
     assert (x.shape, table.shape) == ((1, 2), (3,))
 
 

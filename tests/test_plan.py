@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxprune
 from fxprune.errors import PlanError
-from fxprune.inputs import kept
+from fxprune.inputs import storable_values
 from fxprune.result.plan import GroupPlan, Plan, fingerprint, pack_inputs, unpack_inputs
 
 words = st.text(max_size=8)
@@ -231,7 +231,7 @@ def test_values_of_small_tensors_are_stored(tensor: torch.Tensor) -> None:
     ],
 )
 def test_of_large_tensors_the_range_is_stored(large: torch.Tensor) -> None:
-    call = kept(((large,), {}))
+    call = storable_values(((large,), {}))
     text = pack_inputs(*call)
     assert len(text) < 200
     (found,), _ = unpack_inputs(text)
@@ -239,8 +239,10 @@ def test_of_large_tensors_the_range_is_stored(large: torch.Tensor) -> None:
     assert (found.shape, found.dtype) == (large.shape, large.dtype)
     if not large.is_complex():
         assert (found.min(), found.max()) == (large.min(), large.max())
-    assert kept(((found,), {}))[0][0] is not large
-    assert pack_inputs(*kept(((found,), {}))) == text  # what is kept is kept again as it is
+    assert storable_values(((found,), {}))[0][0] is not large
+    assert (
+        pack_inputs(*storable_values(((found,), {}))) == text
+    )  # what is kept is kept again as it is
 
 
 def test_a_large_tensor_that_is_no_draw_is_stored_whole() -> None:

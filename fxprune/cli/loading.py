@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fxprune import api
 from fxprune.cli.terminal import stderr
-from fxprune.common.hooks import in_mode
+from fxprune.common.hooks import put_in_mode
 from fxprune.common.public import calling_user_code
 from fxprune.errors import ArgumentError, CallbackError, InputError
 
@@ -115,7 +115,7 @@ def load_model(
         module = api.load(saved, module).model
     if checkpoint is not None:
         _load_checkpoint(module, checkpoint)
-    return in_mode(module, False)
+    return put_in_mode(module, False)
 
 
 def _import_torchvision(name: str) -> ModuleType:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Uncompiled", "is_compiled", "plain"]
+__all__ = ["Uncompiled", "is_compiled", "uncompiled"]
 
 
 def is_compiled(module: Any) -> bool:
@@ -18,11 +18,11 @@ def is_compiled(module: Any) -> bool:
     return kind is not None and isinstance(module, kind)
 
 
-def plain(model: Any) -> Any:
+def uncompiled(model: Any) -> Any:
     """Return the original of a compiled module; other modules are returned unchanged.
 
     >>> net = nn.Linear(2, 2)
-    >>> plain(net) is net
+    >>> uncompiled(net) is net
     True
     """
     while is_compiled(model):

@@ -16,12 +16,12 @@ from fxprune.common.identity import IdentitySet
 from fxprune.errors import TraceError
 
 __all__ = [
-    "every_leaf",
+    "check_not_lazy",
     "has_tensors_as_keys",
+    "iterate_leaves",
     "leaves",
     "leaves_of",
     "named_tensors",
-    "refuse_lazy",
     "slots_of",
     "tensors_of",
 ]
@@ -30,13 +30,13 @@ __all__ = [
 def leaves(value: Any) -> Iterator[Any]:
     """Yield the tensors, numbers and strings in a value, in a fixed order.
 
-    Containers and objects of any class are searched, see :func:`every_leaf`.
+    Containers and objects of any class are searched, see :func:`iterate_leaves`.
 
     >>> from types import SimpleNamespace
     >>> list(leaves({"a": [1, SimpleNamespace(b=2)], "c": "text"}))
     [1, 2, 'text']
     """
-    return (leaf for leaf in every_leaf(value) if isinstance(leaf, _VALUES))
+    return (leaf for leaf in iterate_leaves(value) if isinstance(leaf, _VALUES))
 
 
 def leaves_of(value: Any) -> list[Any]:
@@ -83,7 +83,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def refuse_lazy(output: Any, model: nn.Module) -> None:
+def check_not_lazy(output: Any, model: nn.Module) -> None:
     """Refuse an output that computes its content after ``forward`` has returned.
 
     The analysis cannot follow such a computation.
@@ -100,7 +100,7 @@ def refuse_lazy(output: Any, model: nn.Module) -> None:
     TraceError
         If the output contains a generator, another iterator, or a function.
     """
-    for leaf in every_leaf(output, lazy=True):
+    for leaf in iterate_leaves(output, lazy=True):
         if isinstance(leaf, (Iterator, FunctionType, MethodType)):
             raise TraceError(
                 f"{type(model).__name__} gives back a {type(leaf).__name__}, whose content is "
@@ -109,7 +109,7 @@ def refuse_lazy(output: Any, model: nn.Module) -> None:
             )
 
 
-def every_leaf(value: Any, lazy: bool = False) -> Iterator[Any]:
+def iterate_leaves(value: Any, lazy: bool = False) -> Iterator[Any]:
     """Yield everything in a value that does not itself contain something.
 
     Containers are searched, and so are objects of any class: their attributes, their slots, and

@@ -9,12 +9,12 @@ from torch import nn
 
 from fxprune.errors import TraceError
 
-__all__ = ["has_own_forward", "in_mode", "is_hooked", "refuse_hooks"]
+__all__ = ["has_replaced_forward", "is_hooked", "put_in_mode", "refuse_hooks"]
 
 _HOOK_STORES = ("_forward_pre_hooks", "_forward_hooks")
 
 
-def has_own_forward(module: nn.Module) -> bool:
+def has_replaced_forward(module: nn.Module) -> bool:
     """Tell whether forward was replaced on this object.
 
     An example is ``module.forward = module.forward_fused``.
@@ -22,7 +22,7 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
-def in_mode(model: nn.Module, training: bool) -> nn.Module:
+def put_in_mode(model: nn.Module, training: bool) -> nn.Module:
     """Put a model into training or eval mode, and return the model.
 
     The return values of ``train()`` and ``eval()`` are ignored, because a model may override these
@@ -53,7 +53,7 @@ def refuse_hooks(root: nn.Module, *, below: bool = False) -> None:
         If there is a hook, or if the forward of ``root`` was replaced. The message names the
         module.
     """
-    if has_own_forward(root):
+    if has_replaced_forward(root):
         raise TraceError(
             f"forward was replaced on this {type(root).__name__} object: the class's own forward "
             "would be traced. Put the new forward into a subclass or a wrapper module."

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-__all__ = ["remembered", "sizes_of"]
+__all__ = ["current_sizes", "size_attributes"]
 
 _SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], dict[str, tuple[str, int]]], ...] = (
     (nn.Linear, {"in_features": ("weight", 1), "out_features": ("weight", 0)}),
@@ -22,7 +22,7 @@ _SIZE_ATTRIBUTES: tuple[tuple[type[nn.Module], dict[str, tuple[str, int]]], ...]
 )
 
 
-def remembered(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+def size_attributes(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """Yield the attributes of a module that equal the size of a parameter along a dimension.
 
     Grouped convolutions are left out, because their weights are only as wide as one group.
@@ -41,16 +41,16 @@ def remembered(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
             yield name, tensor, dim
 
 
-def sizes_of(module: nn.Module) -> dict[str, int]:
+def current_sizes(module: nn.Module) -> dict[str, int]:
     """Return the size attributes that fit the current parameters of a module, by name.
 
     >>> layer = nn.Linear(4, 3)
     >>> layer.weight = nn.Parameter(layer.weight[:2])
-    >>> sizes_of(layer)
+    >>> current_sizes(layer)
     {'in_features': 4, 'out_features': 2}
     >>> depthwise = nn.Conv2d(4, 8, 1, groups=4)
     >>> depthwise.weight = nn.Parameter(depthwise.weight[:4])
-    >>> sizes_of(depthwise)
+    >>> current_sizes(depthwise)
     {'groups': 2, 'in_channels': 2, 'out_channels': 4}
     """
     if (
@@ -65,4 +65,4 @@ def sizes_of(module: nn.Module) -> dict[str, int]:
             else module.groups
         )
         return {"groups": groups, "in_channels": groups * each, "out_channels": out}
-    return {name: tensor.shape[dim] for name, tensor, dim in remembered(module)}
+    return {name: tensor.shape[dim] for name, tensor, dim in size_attributes(module)}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 
-__all__ = ["TURN"]
+__all__ = ["PROCESS_LOCK"]
 
-TURN = threading.RLock()
+PROCESS_LOCK = threading.RLock()
 """Held by a thread while it changes such state and until it has restored it.
 
 Without the lock, two threads could restore each other's temporary values.

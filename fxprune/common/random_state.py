@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxprune.common.process_lock import TURN
+from fxprune.common.process_lock import PROCESS_LOCK
 
-__all__ = ["RUNS", "seeded", "torch_states", "undrawn"]
+__all__ = ["RUNS_TO_CONFIRM_DRAWS", "detecting_draws", "seeded", "torch_states"]
 
-RUNS = 3
+RUNS_TO_CONFIRM_DRAWS = 3
 """Number of runs that must all draw random numbers before the model counts as drawing them."""
 
 
@@ -32,7 +32,7 @@ def seeded(seed: int) -> Iterator[None]:
     """
     uses_cuda = _uses_cuda()
     devices = range(torch.cuda.device_count()) if uses_cuda else []
-    with TURN, torch.random.fork_rng(devices=devices):
+    with PROCESS_LOCK, torch.random.fork_rng(devices=devices):
         states = _states()
         torch.default_generator.manual_seed(seed)
         if uses_cuda:
@@ -47,20 +47,20 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def undrawn() -> Iterator[Callable[[], bool]]:
+def detecting_draws() -> Iterator[Callable[[], bool]]:
     """Detect draws from the generators of :mod:`random` and NumPy, and restore them at the end.
 
     The context gives a function that tells whether anything was drawn since the start. The
     generators belong to the process, so another thread may be the one that draws. Repeat the run
-    under ``drawing``, which watches one thread, before you blame the model: :data:`RUNS` runs in
-    total.
+    under ``watching_draws``, which watches one thread, before you blame the model:
+    :data:`RUNS_TO_CONFIRM_DRAWS` runs in total.
 
-    >>> with undrawn() as drawn:
+    >>> with detecting_draws() as drawn:
     ...     before, _, after = drawn(), random.random(), drawn()
     >>> before, after
     (False, True)
     """
-    with TURN:
+    with PROCESS_LOCK:
         states = _states()
         try:
             yield lambda: not _same_states(states, _states())

@@ -20,9 +20,9 @@ from fxprune.common.random_state import seeded
 from fxprune.coupling import Coupling, Labelling, Terms, couple
 from fxprune.coupling.parts import Explored, decisions_of, explore, find_runnable
 from fxprune.errors import ChanceError, FxpruneError, TraceError
-from fxprune.inputs import Call, placed, shapes_of, widened
+from fxprune.inputs import Call, copied_to, shapes_of, with_larger_batch
 from fxprune.trace import MetaCopy, meta_copy_of, set_mode, slow_path, trace
-from fxprune.trace.reach import Reached, undrawn_by
+from fxprune.trace.reach import Reached, restoring_draws
 from fxprune.trace.user_code import ElsewhereError
 
 __all__ = ["Clock", "label_and_couple"]
@@ -181,7 +181,7 @@ def _label_evaluation(
     def decided(call: Call) -> _DecidedByGraph:
         return {("", False): trace(meta_copy_of(model), *call).decisions}
 
-    wide = widened(example)
+    wide = with_larger_batch(example)
     try:
         return _label_widened(label, decided, wide, example)
     except FxpruneError:
@@ -238,7 +238,7 @@ def _label_parts(
     with seeded(0):
         call = find_runnable(meta_copy_of(model), example, refused)
     try:
-        wide = widened(call)
+        wide = with_larger_batch(call)
         labelling, ran = _label_widened(runs.label, runs.decided_as(wide), wide, call)
     except ElsewhereError:
         raise
@@ -281,8 +281,8 @@ class _PartRuns:
         """Prepare a run: a meta copy in evaluation mode, and the call on its device."""
         meta_copy = meta_copy_of(self.model)
         set_mode(meta_copy.model, training=False)
-        with slow_path(), seeded(0), undrawn_by(Reached(meta_copy.model)):
-            yield meta_copy, placed(call, meta_copy.device)
+        with slow_path(), seeded(0), restoring_draws(Reached(meta_copy.model)):
+            yield meta_copy, copied_to(call, meta_copy.device)
 
     def explored(self, call: Call) -> Explored:
         """Return the parts and routes of the model for calls of these shapes."""

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from fxprune.common.contents import leaves, refuse_lazy, tensors_of
+from fxprune.common.contents import check_not_lazy, leaves, tensors_of
 from fxprune.common.hooks import refuse_hooks
 from fxprune.coupling.parts import Explored, Parts
 from fxprune.coupling.propagation import LabelMode
@@ -247,7 +247,7 @@ class Labelling:
 
     def _finish(self, outputs: Any) -> None:
         """Pin the labels of the model's outputs."""
-        refuse_lazy(outputs, self.meta_copy.model)
+        check_not_lazy(outputs, self.meta_copy.model)
         for leaf in leaves(outputs):
             self.context.pin_all(self.context.fields(leaf), OUTPUT)
 

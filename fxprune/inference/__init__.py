@@ -12,7 +12,7 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.common.hooks import in_mode
+from fxprune.common.hooks import put_in_mode
 from fxprune.common.identity import memo_of
 from fxprune.common.numbers import check_bool
 from fxprune.common.public import public
@@ -79,7 +79,7 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
             "channels=1.0).model."
         )
     channels_last = check_bool("channels_last", channels_last)
-    root = in_mode(_copy_of(model), False)
+    root = put_in_mode(_copy_of(model), False)
     # Python code beside graphs would see the layout
     channels_last = channels_last and isinstance(root, fx.GraphModule)
     for name, module in list(root.named_modules()):
@@ -92,7 +92,7 @@ def deploy(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
                 root = PrunedModule(called, called.graph, type(model).__name__)
     if channels_last:
         lay_out(root)
-    return in_mode(root, False).requires_grad_(False)
+    return put_in_mode(root, False).requires_grad_(False)
 
 
 def _copy_of(model: nn.Module) -> nn.Module:

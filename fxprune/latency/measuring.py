@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxprune.common.contents import tensors_of
-from fxprune.common.hooks import in_mode
+from fxprune.common.hooks import put_in_mode
 from fxprune.common.identity import IdentitySet
 from fxprune.common.numbers import check_bool, check_integer
-from fxprune.common.process_lock import TURN
+from fxprune.common.process_lock import PROCESS_LOCK
 from fxprune.common.public import calling_user_code, public, short_repr
 from fxprune.cost import MacCounter, cost_of
 from fxprune.errors import ArgumentError
 from fxprune.inference import LAYOUTS, lay_out
-from fxprune.inputs import ExampleInputs, as_call, batch_size, drawn
+from fxprune.inputs import ExampleInputs, as_call, batch_size, random_like
 from fxprune.latency.clock import Timing, time_in_turns
 from fxprune.latency.cuda import cache_bytes, captured, peak_bytes, use_device
 from fxprune.latency.roofline import roofline
@@ -377,7 +377,7 @@ def apply_setting(setting: Setting) -> Iterator[None]:
     tf32 = setting.precision == "tf32"
     # These options belong to the process. Two threads that change them at the same time would
     # restore wrong values and disturb each other's times.
-    with TURN:
+    with PROCESS_LOCK:
         before = (
             torch.backends.cuda.matmul.allow_tf32,
             torch.backends.cudnn.allow_tf32,
@@ -398,7 +398,9 @@ def apply_setting(setting: Setting) -> Iterator[None]:
 
 def prepare_model(model: nn.Module, setting: Setting) -> nn.Module:
     """Return a copy of a model in eval mode, on the device and in the precision and layout."""
-    copied = in_mode(copy.deepcopy(model), False).to(setting.place, PRECISIONS[setting.precision])
+    copied = put_in_mode(copy.deepcopy(model), False).to(
+        setting.place, PRECISIONS[setting.precision]
+    )
     if setting.channels_last:
         lay_out(copied)
     return copied
@@ -432,7 +434,9 @@ def make_batch(example_inputs: Any, setting: Setting, seed: int = 0) -> Any:
             return tensor.contiguous(memory_format=LAYOUTS[tensor.dim()])
         return tensor
 
-    return tree_map_only(Tensor, place, drawn(example_inputs, batch=setting.batch, seed=seed))
+    return tree_map_only(
+        Tensor, place, random_like(example_inputs, batch=setting.batch, seed=seed)
+    )
 
 
 def _call_model(model: nn.Module, inputs: Any) -> Any:

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from fxprune.common.dispatch import META
 from fxprune.common.public import public, short_repr
 from fxprune.errors import PlanError
-from fxprune.inputs import Call, compressed, is_plain, restored, value_range, within
+from fxprune.inputs import (
+    Call,
+    decode_tensor,
+    encode_tensor,
+    is_plain,
+    random_in_range,
+    value_range,
+)
 
 __all__ = [
     "GroupPlan",
@@ -356,7 +363,8 @@ def pack_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Return example inputs as JSON text.
 
     Meta tensors are stored as shapes and dtypes, others with their values. If the values are those
-    that :func:`fxprune.inputs.within` draws from a range, a large tensor is stored as that range.
+    that :func:`fxprune.inputs.random_in_range` draws from a range, a large tensor is stored as
+    that range.
 
     Parameters
     ----------
@@ -393,12 +401,14 @@ def _stored_values(tensor: Tensor) -> dict[str, Any]:
     """Return the entry that stores a tensor's values: ``data``, ``range``, or none."""
     if not is_plain(tensor):
         return {}
-    data = compressed(tensor)
+    data = encode_tensor(tensor)
     if not data:
         low, high = value_range(tensor)
-        if torch.equal(within(tuple(tensor.shape), tensor.dtype, low, high), tensor.cpu()):
+        if torch.equal(
+            random_in_range(tuple(tensor.shape), tensor.dtype, low, high), tensor.cpu()
+        ):
             return {"range": [low, high]}
-    return {"data": data or compressed(tensor, math.inf)}
+    return {"data": data or encode_tensor(tensor, math.inf)}
 
 
 def holds_objects(text: str) -> bool:
@@ -433,9 +443,9 @@ def _unpacked(value: Any) -> Any:
     if "shape" in value:
         shape, dtype = tuple(value["shape"]), getattr(torch, value["dtype"])
         if "data" in value:
-            return restored(value["data"], shape, dtype)
+            return decode_tensor(value["data"], shape, dtype)
         return (
-            within(shape, dtype, *value["range"])
+            random_in_range(shape, dtype, *value["range"])
             if "range" in value
             else torch.empty(shape, dtype=dtype, device=META)
         )

@@ -23,9 +23,9 @@ from torch import Tensor, fx, nn
 
 from fxprune.common.contents import leaves_of
 from fxprune.common.dispatch import map_tensors
-from fxprune.common.hooks import has_own_forward
+from fxprune.common.hooks import has_replaced_forward
 from fxprune.common.identity import IdentityMap
-from fxprune.common.module_sizes import sizes_of
+from fxprune.common.module_sizes import current_sizes
 from fxprune.coupling import Coupling
 from fxprune.coupling.propagation import run_node
 from fxprune.errors import RewriteError
@@ -92,12 +92,12 @@ def emit(
             set_tensor(written[trace.path].module, target, tensor)
     root, modules = _put_graph_modules(coupling, root, written, name)
     final = IdentityMap((key, modules.get(copied, copied)) for key, copied in copies.items())
-    if parts or any(map(has_own_forward, copies.values())):
+    if parts or any(map(has_replaced_forward, copies.values())):
         redirect_attributes(copies, final, filled)
     if parts:
         copy_hooks(coupling.meta_copy.modules, final)
         for module in final.values():
-            vars(module).update(sizes_of(module))
+            vars(module).update(current_sizes(module))
     return root
 
 

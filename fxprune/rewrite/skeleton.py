@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.common.dispatch import META
-from fxprune.common.hooks import has_own_forward, in_mode
+from fxprune.common.hooks import has_replaced_forward, put_in_mode
 from fxprune.common.identity import IdentityMap, memo_of
 from fxprune.coupling import Coupling
 from fxprune.ops import Context
@@ -147,7 +147,7 @@ def copy_modules(
     if module in done:
         return done[module]
     whole = whole or is_leaf(module)
-    keep_classes = keep_classes or has_own_forward(module)
+    keep_classes = keep_classes or has_replaced_forward(module)
     new = done[module] = _copy_alone(module, keep_class=whole or keep_classes)
     stores: tuple[dict[str, Any], ...] = (new._parameters, new._buffers)
     for store in stores:
@@ -191,7 +191,7 @@ def modes_after_train(model: nn.Module) -> dict[bool, dict[str, bool]]:
     found = {}
     try:
         for mode in (True, False):
-            in_mode(model, mode)
+            put_in_mode(model, mode)
             found[mode] = _modes_other_than(mode, model)
     finally:
         for module, mode in before.items():

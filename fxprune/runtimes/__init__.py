@@ -26,11 +26,11 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_map_only
 
 from fxprune.common.contents import tensors_of
-from fxprune.common.hooks import in_mode
+from fxprune.common.hooks import put_in_mode
 from fxprune.common.numbers import as_path, check_bool
 from fxprune.common.public import calling_user_code, public
 from fxprune.errors import ArgumentError, ExportError, ModelError, VerificationError
-from fxprune.inputs import Call, ExampleInputs, as_call, batch_size, drawn
+from fxprune.inputs import Call, ExampleInputs, as_call, batch_size, random_like
 from fxprune.verification.comparing import relative_error
 
 __all__ = ["export", "packages_of"]
@@ -106,8 +106,8 @@ def export(
     target = as_path("path", path)
     dynamic_batch, check = check_bool("dynamic_batch", dynamic_batch), check_bool("check", check)
     _refuse_format(target)
-    model = in_mode(copy.deepcopy(model), False)
-    call = as_call(drawn(example_inputs, batch=2) if dynamic_batch else example_inputs)
+    model = put_in_mode(copy.deepcopy(model), False)
+    call = as_call(random_like(example_inputs, batch=2) if dynamic_batch else example_inputs)
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         return _written(model, example_inputs, call, target, dynamic_batch, check)
@@ -150,7 +150,9 @@ def _written(
         file = Path(folder) / path.name
         packages = _write(model, call, file, dynamic_batch)
         sizes = (2, 5) if dynamic_batch else (None,)
-        batches = [drawn(example_inputs, batch=rows, seed=seed) for seed, rows in enumerate(sizes)]
+        batches = [
+            random_like(example_inputs, batch=rows, seed=seed) for seed, rows in enumerate(sizes)
+        ]
         error = _check(model, list(map(as_call, batches)), file, packages) if check else None
         for written in Path(folder).iterdir():  # ONNX puts large weights into a second file
             if written.name.startswith(file.name):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.common.dispatch import holds_tensors
-from fxprune.common.random_state import RUNS, undrawn
+from fxprune.common.random_state import RUNS_TO_CONFIRM_DRAWS, detecting_draws
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.ops.running import ShapeMode
 from fxprune.trace.aliasing import node_of, writes
@@ -29,7 +29,7 @@ from fxprune.trace.module_state import (
     follows_inputs,
 )
 from fxprune.trace.patches import taken_over
-from fxprune.trace.reach import Reach, drawing
+from fxprune.trace.reach import Reach, watching_draws
 from fxprune.trace.traced import DRAWS, Trace
 from fxprune.trace.tracer import Tracer
 from fxprune.trace.user_code import following, takes_functions, user_line
@@ -116,7 +116,12 @@ def trace_call(tracer: Tracer, meta_copy: MetaCopy) -> tuple[Trace, frozenset[st
     FxpruneError
         If the call cannot be traced. Errors of other classes are converted.
     """
-    with torch.no_grad(), taken_over(tracer, meta_copy.model), following(), undrawn() as drawn:
+    with (
+        torch.no_grad(),
+        taken_over(tracer, meta_copy.model),
+        following(),
+        detecting_draws() as drawn,
+    ):
         try:
             graph = _checked_graph(tracer)
             draws = drawn()
@@ -221,13 +226,13 @@ def _draws_again(tracer: Tracer, meta_copy: MetaCopy) -> bool:
 
     If only one trace draws, another thread may have drawn the numbers.
     """
-    for _ in range(RUNS - 1):
+    for _ in range(RUNS_TO_CONFIRM_DRAWS - 1):
         again = Tracer(meta_copy, *tracer.example, tracer.training, shape_mode)
         with (
             torch.no_grad(),
             taken_over(again, meta_copy.model),
             following(),
-            drawing(meta_copy.model) as drawn,
+            watching_draws(meta_copy.model) as drawn,
         ):
             try:
                 again.trace()
@@ -270,7 +275,7 @@ def draws_every_time(first: Trace) -> bool:
 
     If only one trace draws, another thread may have drawn the numbers.
     """
-    for _ in range(RUNS - 1):
+    for _ in range(RUNS_TO_CONFIRM_DRAWS - 1):
         reach = Reach(first.meta_copy.model)
         repeats_same_graph(first)
         if not reach.drawn:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fxprune.common.compiled import Uncompiled, is_compiled
 from fxprune.common.contents import named_tensors
 from fxprune.common.dispatch import META
-from fxprune.common.hooks import in_mode
+from fxprune.common.hooks import put_in_mode
 from fxprune.common.identity import IdentityMap, Memo, from_memo, in_memo, to_memo
 from fxprune.errors import ModelError, TraceError
 from fxprune.trace.copying import HOOKS, HOOKS_CALLED, copied, hooks_apart
@@ -195,7 +195,7 @@ def set_mode(model: nn.Module, training: bool) -> None:
         If the call fails.
     """
     try:
-        in_mode(model, training)
+        put_in_mode(model, training)
     except Exception as error:  # from a train() of the model's own
         raise ModelError(
             f"train({training}) of this {type(model).__name__} fails: {type(error).__name__}: "

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import is_tensor_method_or_property
 from torch.utils import checkpoint
 
-from fxprune.common.process_lock import TURN
+from fxprune.common.process_lock import PROCESS_LOCK
 from fxprune.errors import TraceError
 from fxprune.trace.context_managers import recorded
 from fxprune.trace.scripted import applications_followed, scripts_followed
@@ -42,7 +42,7 @@ def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
     root:
         The module that is traced.
     """
-    with TURN, ExitStack() as stack:
+    with PROCESS_LOCK, ExitStack() as stack:
         # PyTorch lists its functions at the first question and keeps the list: asked later, the
         # list would hold the replacements, and with them the tracer and the model, for ever.
         is_tensor_method_or_property(torch.Tensor.add)
@@ -67,7 +67,7 @@ def slow_path() -> Iterator[None]:
     They exist for one mode only and hide widths.
     """
     # The setting belongs to the process: two threads that change it would restore the wrong one.
-    with TURN:
+    with PROCESS_LOCK:
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
@@ -79,7 +79,7 @@ def slow_path() -> Iterator[None]:
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Let attention be computed by the matrix products that it consists of."""
-    with TURN, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with PROCESS_LOCK, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         yield
 
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from fxprune.common.contents import leaves
 from fxprune.common.dispatch import META, holds_tensors
-from fxprune.common.hooks import has_own_forward, is_hooked
+from fxprune.common.hooks import has_replaced_forward, is_hooked
 from fxprune.common.identity import IdentitySet
 from fxprune.errors import TraceError
 from fxprune.trace.aliasing import is_again
@@ -51,7 +51,7 @@ def is_leaf(module: nn.Module) -> bool:
     with children is entered. Parametrizations from ``torch.nn`` are an exception: they compute the
     module's own weights, so the module stays a leaf. A user's parametrizations are entered.
     """
-    if not type(module).__module__.startswith("torch.nn") or has_own_forward(module):
+    if not type(module).__module__.startswith("torch.nn") or has_replaced_forward(module):
         return False
     if parametrize.is_parametrized(module):
         parametrizations = module._modules["parametrizations"].modules()

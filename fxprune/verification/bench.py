@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import VerificationError
 from fxprune.inputs import Call
-from fxprune.trace.reach import AGAIN, drawing
+from fxprune.trace.reach import AGAIN, watching_draws
 from fxprune.verification.comparing import difference
 from fxprune.verification.modes import (
     MismatchError,
@@ -194,7 +194,7 @@ class Bench(Runs):
         found = False
         for model in (self.masked_copy(training), self.pruned_copy(training)):
             args, kwargs = clone(call)
-            with self._running(model, torch.no_grad()), drawing(self.model) as has_drawn:
+            with self._running(model, torch.no_grad()), watching_draws(self.model) as has_drawn:
                 model(*args, **kwargs)
                 found |= has_drawn()
         return found

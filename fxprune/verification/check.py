@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fxprune.common.contents import named_tensors, tensors_of
-from fxprune.common.hooks import in_mode
+from fxprune.common.hooks import put_in_mode
 from fxprune.common.public import public
 from fxprune.common.random_state import seeded
 from fxprune.coupling import Coupling
@@ -21,7 +21,7 @@ from fxprune.inputs import Call, as_call
 from fxprune.resized import other_batch, other_sizes
 from fxprune.result.plan import Plan, unpack_inputs
 from fxprune.rewrite import Survivors
-from fxprune.trace.reach import Reached, undrawn_by
+from fxprune.trace.reach import Reached, restoring_draws
 from fxprune.verification.bench import Bench
 from fxprune.verification.comparing import NotFiniteError, kinds
 from fxprune.verification.copies import plain_copy
@@ -450,8 +450,8 @@ class _Proof:
 
     def _call(self, model: nn.Module) -> Any:
         args, kwargs = clone(self.call)
-        with seeded(self.seed), undrawn_by(Reached(self.model)), torch.no_grad():
-            return in_mode(plain_copy(model), False)(*args, **kwargs)
+        with seeded(self.seed), restoring_draws(Reached(self.model)), torch.no_grad():
+            return put_in_mode(plain_copy(model), False)(*args, **kwargs)
 
 
 def _conversion(model: nn.Module, pruned: nn.Module) -> str:

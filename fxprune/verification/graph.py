@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from fxprune.common.hooks import in_mode
+from fxprune.common.hooks import put_in_mode
 from fxprune.common.identity import IdentityMap
 from fxprune.coupling import Coupling
 from fxprune.errors import VerificationError
@@ -95,7 +95,7 @@ class GraphRun:
         modes = {module: module.training for module in meta_copy.modules()}
         inputs, env = iter([*args, *kwargs.values()]), {}
         try:
-            in_mode(meta_copy, self.training)
+            put_in_mode(meta_copy, self.training)
             with trace.meta_copy.holding(self.values), torch.no_grad():
                 for node in trace.graph.nodes:
                     if node.op == "placeholder":

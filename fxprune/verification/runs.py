@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.common.contents import leaves, named_tensors
-from fxprune.common.hooks import in_mode
+from fxprune.common.hooks import put_in_mode
 from fxprune.common.random_state import seeded
 from fxprune.coupling import Coupling
 from fxprune.coupling.parts import intercepted
@@ -19,7 +19,7 @@ from fxprune.errors import FxpruneError, VerificationError
 from fxprune.inputs import Call
 from fxprune.rewrite import Survivors
 from fxprune.trace.aliasing import Undone
-from fxprune.trace.reach import Reached, undrawn_by
+from fxprune.trace.reach import Reached, restoring_draws
 from fxprune.verification.comparing import dense, form
 from fxprune.verification.copies import copy_original, copy_pruned, cut, mask
 from fxprune.verification.graph import GraphRun
@@ -221,7 +221,7 @@ class Runs:
 
         This includes numbers from generators that the model itself holds.
         """
-        with seeded(self.seed), undrawn_by(self._reached):
+        with seeded(self.seed), restoring_draws(self._reached):
             yield
 
     @contextmanager
@@ -263,7 +263,7 @@ class Runs:
         The model's own ``train()`` or ``eval()`` sets the mode of its modules.
         """
         model = copy_original(self.model, self._shared(self.masked), self.dtype)
-        in_mode(model, training)
+        put_in_mode(model, training)
         modules = model.named_modules(remove_duplicate=False)
         self._modes = {name: module.training for name, module in modules}
         return model
@@ -368,7 +368,7 @@ class Runs:
             If a module's mode differs from that in the original.
         """
         model = copy_pruned(self.pruned, self._shared(self.kept), self.dtype)
-        in_mode(model, training)
+        put_in_mode(model, training)
         for name, module in model.named_modules(remove_duplicate=False):
             if module.training is not self._modes.get(name, module.training):
                 raise VerificationError(

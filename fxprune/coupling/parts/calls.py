@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxprune.common.dispatch import tensors_in
 from fxprune.common.identity import IdentityMap
-from fxprune.common.process_lock import TURN
+from fxprune.common.process_lock import PROCESS_LOCK
 from fxprune.trace.user_code import ElsewhereError
 
 __all__ = [
@@ -148,7 +148,7 @@ def in_one_thread() -> Iterator[None]:
         At the end of the context, also if the model has caught the error.
     """
     guard = _ThreadGuard()
-    with TURN:
+    with PROCESS_LOCK:
         start, submit = threading.Thread.start, ThreadPoolExecutor.submit
         threading.Thread.start = guard.starting(start)  # type: ignore[method-assign]
         ThreadPoolExecutor.submit = guard.submitting(submit)  # type: ignore[method-assign]

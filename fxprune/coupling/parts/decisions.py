@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.common.contents import tensors_of
 from fxprune.coupling.parts.calls import in_one_thread
-from fxprune.inputs import Call, placed
+from fxprune.inputs import Call, copied_to
 from fxprune.ops import Trait, has
 from fxprune.trace import following, user_line
 from fxprune.trace.aliasing import Undone
@@ -190,7 +190,7 @@ def followed(
         What the model returns, and the questions that it asked.
     """
     given = tensors_of((args, kwargs))
-    args, kwargs = placed(Call(args, kwargs), given[0].device if given else torch.device("cpu"))
+    args, kwargs = copied_to(Call(args, kwargs), given[0].device if given else torch.device("cpu"))
     weights = [*model.parameters(), *model.buffers()]
     inputs = tensors_of((args, kwargs))
     decisions = Decisions(weights, inputs, answers)

@@ -21,7 +21,7 @@ from fxprune import ops
 from fxprune.common.contents import tensors_of
 from fxprune.common.dispatch import map_tensors, tensors_in
 from fxprune.common.identity import IdentityMap
-from fxprune.common.module_sizes import remembered
+from fxprune.common.module_sizes import size_attributes
 from fxprune.coupling.parts.decisions import WHOLE
 from fxprune.coupling.parts.memory import LabelledMemory
 from fxprune.coupling.parts.narrowing import commutes_with_removal, is_of_one_size
@@ -194,7 +194,7 @@ def note_sizes(model: nn.Module, mode: RealMode) -> None:
         return Width(tensor.shape[dim], read, pin)
 
     for module in model.modules():
-        for name, tensor, dim in [*remembered(module)]:
+        for name, tensor, dim in [*size_attributes(module)]:
             if tensor in mode.meta_of and context.record(tensor) is not None:
                 vars(module)[name] = width_of(tensor, dim)
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fxprune.common.contents import tensors_of
 from fxprune.common.dispatch import DispatchMode
-from fxprune.common.hooks import in_mode
-from fxprune.common.random_state import RUNS, seeded, undrawn
+from fxprune.common.hooks import put_in_mode
+from fxprune.common.random_state import RUNS_TO_CONFIRM_DRAWS, detecting_draws, seeded
 from fxprune.coupling.parts.calls import intercepted
 from fxprune.coupling.parts.decisions import Answers, Decisions, followed, ways_of
 from fxprune.coupling.parts.questions import CodePlace, Questions
@@ -25,7 +25,7 @@ from fxprune.inputs import Call
 from fxprune.ops import Trait, has, name_of_op
 from fxprune.trace import MetaCopy
 from fxprune.trace.module_state import AttributeChange, Attributes
-from fxprune.trace.reach import AGAIN, Reach, drawing, same
+from fxprune.trace.reach import AGAIN, Reach, same, watching_draws
 
 __all__ = ["Route", "Routes", "add_ways", "routes_of", "run_route"]
 
@@ -133,8 +133,8 @@ def routes_of(meta_copy: MetaCopy, args: Any, kwargs: Any) -> Routes:
     args, kwargs:
         The arguments of the example's call.
     """
-    for again in range(RUNS):
-        with drawing(meta_copy.model) if again else undrawn() as drawn:
+    for again in range(RUNS_TO_CONFIRM_DRAWS):
+        with watching_draws(meta_copy.model) if again else detecting_draws() as drawn:
             found = _explored(meta_copy, args, kwargs)
             draws = drawn()
         if not draws:
@@ -265,7 +265,7 @@ def _add(routes: Routes, decisions: Callable[[Answers], Decisions], like: Route)
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Put a model into training or evaluation mode for the duration of the context."""
     before = {module: module.training for module in model.modules()}
-    in_mode(model, training)
+    put_in_mode(model, training)
     try:
         yield
     finally:

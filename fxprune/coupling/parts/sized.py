@@ -18,7 +18,7 @@ from fxprune.coupling.parts.calls import intercepted, without_function_modes
 from fxprune.coupling.parts.decisions import is_raised
 from fxprune.coupling.parts.questions import PART, CodePlace, Questions
 from fxprune.coupling.parts.routes import Route, run_route
-from fxprune.inputs import Call, batch_size, random
+from fxprune.inputs import Call, batch_size, randomised
 from fxprune.resized import lengths, other_batch, other_sizes, sizes_alone, with_sizes
 from fxprune.trace import MetaCopy
 
@@ -198,7 +198,7 @@ class Sized:
         if known or found.empties:
             return True
         plain = replace(found.routes[0], turned=())
-        self._accepts(plain, (_VALUES, random(Call(self.args, self.kwargs))), asked)
+        self._accepts(plain, (_VALUES, randomised(Call(self.args, self.kwargs))), asked)
         if found.is_of_data or answer in found.answers:
             return True
         for sized in self._calls_answering(found):

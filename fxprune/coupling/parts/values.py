@@ -13,7 +13,7 @@ from torch import nn
 from fxprune.common.contents import tensors_of
 from fxprune.coupling.parts.calls import in_one_thread, intercepted, paths_with_parameters
 from fxprune.errors import FxpruneError, InputError, ModelError, TraceError
-from fxprune.inputs import Call, filled, kept, placed, random
+from fxprune.inputs import Call, copied_to, fill_meta, randomised, storable_values
 from fxprune.trace import MetaCopy, set_mode, slow_path, user_line
 from fxprune.trace.aliasing import Undone
 from fxprune.trace.user_code import UNKNOWN, ElsewhereError, takes_functions
@@ -24,8 +24,9 @@ __all__ = ["find_runnable"]
 def find_runnable(meta_copy: MetaCopy, example: Call, refused: Exception) -> Call:
     """Return the example with values on which the model runs and calls the most modules.
 
-    The candidates are the values that a plan holds (:func:`fxprune.inputs.kept`), the example's
-    own, and random ones. A later candidate is tried only if all earlier ones leave out a module.
+    The candidates are the values that a plan holds (:func:`fxprune.inputs.storable_values`), the
+    example's own, and random ones. A later candidate is tried only if all earlier ones leave out a
+    module.
 
     Parameters
     ----------
@@ -67,14 +68,14 @@ def find_runnable(meta_copy: MetaCopy, example: Call, refused: Exception) -> Cal
 
 def _example_values(example: Call) -> Iterator[tuple[Call, bool]]:
     """Yield calls with values to try, and whether the values are the example's own."""
-    data = filled(example)
+    data = fill_meta(example)
     real = not any(tensor.is_meta for tensor in tensors_of(example))
-    stored = kept(data)
+    stored = storable_values(data)
     same = all(a is b for a, b in zip(tensors_of(stored), tensors_of(data), strict=True))
     yield stored, same and real
     if not same:
         yield data, real
-    yield random(data), False
+    yield randomised(data), False
 
 
 def _modules_called(meta_copy: MetaCopy, call: Call, paths: set[str]) -> set[str]:
@@ -86,7 +87,7 @@ def _modules_called(meta_copy: MetaCopy, call: Call, paths: set[str]) -> set[str
         found.add(path)
         return NotImplemented
 
-    args, kwargs = placed(call, meta_copy.device)
+    args, kwargs = copied_to(call, meta_copy.device)
     undone = Undone(dict(model.named_parameters()))
     with (
         undone.afterwards(),

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fxprune.common.random_state import undrawn
+from fxprune.common.random_state import detecting_draws
 from fxprune.trace.reach.reached import Reached
 from fxprune.trace.reach.references import follow_attributes, references_of
 from fxprune.trace.reach.walk import Reach
 
-__all__ = ["drawing", "undrawn_by"]
+__all__ = ["restoring_draws", "watching_draws"]
 
 
 @contextmanager
-def undrawn_by(reached: Reached) -> Iterator[None]:
+def restoring_draws(reached: Reached) -> Iterator[None]:
     """Undo the draws and the cached tensors of a run inside this context.
 
     On exit, the random generators that the model's code can reach are restored (see
@@ -47,12 +47,12 @@ def undrawn_by(reached: Reached) -> Iterator[None]:
 
 
 @contextmanager
-def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
+def watching_draws(model: nn.Module) -> Iterator[Callable[[], bool]]:
     """Tell whether code of this thread draws random numbers of Python or NumPy.
 
-    Like :func:`~fxprune.common.random_state.undrawn`, which also counts draws of other threads.
-    This context counts a draw only if code that ran in this thread may have drawn. The generators
-    are restored on exit.
+    Like :func:`~fxprune.common.random_state.detecting_draws`, which also counts draws of other
+    threads. This context counts a draw only if code that ran in this thread may have drawn. The
+    generators are restored on exit.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
 
     Examples
     --------
-    >>> with drawing(nn.ReLU()) as drawn:
+    >>> with watching_draws(nn.ReLU()) as drawn:
     ...     before, _, after = drawn(), random.random(), drawn()
     >>> before, after
     (False, True)
@@ -79,7 +79,7 @@ def drawing(model: nn.Module) -> Iterator[Callable[[], bool]]:
         generators = Reach(model, watch.seen).generators
         return any(generator is _NUMPY_GENERATOR for generator in generators)
 
-    with undrawn() as drawn:
+    with detecting_draws() as drawn:
         sys.setprofile(watch)
         try:
             # in this order: drawn() itself calls functions of the generators

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.common.contents import every_leaf
+from fxprune.common.contents import iterate_leaves
 from fxprune.trace.reach.holders import keys_of
 from fxprune.trace.reach.walk import Reach
 
@@ -61,7 +61,7 @@ class Reached:
         found = []
         for table in holders:
             if isinstance(table, (dict, set)):
-                keys = [key for key in keys_of(table) if any(map(is_foreign, every_leaf(key)))]
+                keys = [key for key in keys_of(table) if any(map(is_foreign, iterate_leaves(key)))]
                 found += [(table, key) for key in keys]
         return found
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from fxprune.common.contents import every_leaf, slots_of
+from fxprune.common.contents import iterate_leaves, slots_of
 from fxprune.common.identity import IdentitySet
 from fxprune.trace.copying import is_filled
 from fxprune.trace.reach.holders import (
@@ -198,7 +198,7 @@ class Reach:
 
         def holds(*values: Any) -> bool:
             """Collect the foreign values among some values, and tell whether there are any."""
-            foreign = [leaf for leaf in every_leaf(values) if is_foreign(leaf)]
+            foreign = [leaf for leaf in iterate_leaves(values) if is_foreign(leaf)]
             found.extend(foreign)
             return bool(foreign)
 
