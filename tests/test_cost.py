@@ -13,7 +13,7 @@ from fxprune.cost import MacCounter, cost_of, count_parameters
 from fxprune.errors import CallbackError
 from fxprune.ops import Op, own_row
 from fxprune.ops.macs import op_macs
-from fxprune.trace import slow_path
+from fxprune.trace import without_fast_path
 from tests.support.counting import CheckedCounter
 from tests.torchvision_models import CASES, COMPOSITE
 from tests.zoo import in_turn
@@ -180,7 +180,7 @@ def test_agrees_with_the_kernels(name):
     found = [cost_of(model, image).macs, pruned.report.macs_before, pruned.report.macs_after]
     counted = []
     for network in (model, model, pruned.model):
-        with slow_path(), torch.no_grad(), CheckedCounter() as kernels:
+        with without_fast_path(), torch.no_grad(), CheckedCounter() as kernels:
             network.to("meta")(image.to("meta"))
         counted.append(kernels.macs)
     assert found == counted
@@ -286,7 +286,7 @@ def test_the_report_counts_as_the_counter(case, batch):
     """
     model, inputs = case.build(case.width).eval(), case.inputs(batch)
     pruned = fxprune.prune(model, inputs, channels=0.5)
-    with slow_path():
+    with without_fast_path():
         assert pruned.report.macs_before == cost_of(model, inputs).macs
         assert pruned.report.macs_after == cost_of(pruned.model, inputs).macs
 

@@ -10,7 +10,14 @@ import torch
 from torch import fx, nn
 
 from fxprune.trace import aliasing as memory
-from fxprune.trace.aliasing import AUGMENTED, Memory, Snapshot, shares, writes, written
+from fxprune.trace.aliasing import (
+    AUGMENTED,
+    Memory,
+    Snapshot,
+    shared_argument,
+    writes,
+    written_arguments,
+)
 
 
 def call(target: Any, *args: Any, **kwargs: Any) -> tuple[fx.Node, fx.Node]:
@@ -47,16 +54,16 @@ def test_augmented_assignments_are_those_of_tensors() -> None:
 def test_writes(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], answer: bool) -> None:
     x, node = call(target, *args, **kwargs)
     assert writes(node) is answer
-    assert list(written(node)) == [x] * answer
+    assert list(written_arguments(node)) == [x] * answer
 
 
 def test_what_is_written_is_the_first_argument_or_out() -> None:
     graph = fx.Graph()
     x, y = graph.placeholder("x"), graph.placeholder("y")
-    assert list(written(graph.call_function(operator.iadd, (x, y)))) == [x]
-    assert set(written(graph.call_function(torch.add, (x, y), {"out": y}))) == {x, y}
+    assert list(written_arguments(graph.call_function(operator.iadd, (x, y)))) == [x]
+    assert set(written_arguments(graph.call_function(torch.add, (x, y), {"out": y}))) == {x, y}
     # nobody says what it does
-    assert set(written(graph.call_function(call, (x, y), {"inplace": True}))) == {x, y}
+    assert set(written_arguments(graph.call_function(call, (x, y), {"inplace": True}))) == {x, y}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,7 @@ def test_what_is_written_is_the_first_argument_or_out() -> None:
 )
 def test_what_may_share_memory(target: Any) -> None:
     x, node = call(target)
-    assert shares(node, nn.Module()) is x
+    assert shared_argument(node, nn.Module()) is x
 
 
 @pytest.mark.parametrize(
@@ -84,7 +91,7 @@ def test_what_may_share_memory(target: Any) -> None:
     ["clone", "relu", "mean", "matmul", operator.add, operator.truediv, nn.functional.linear],
 )
 def test_what_does_not(target: Any) -> None:
-    assert shares(call(target)[1], nn.Module()) is None
+    assert shared_argument(call(target)[1], nn.Module()) is None
 
 
 def test_modules() -> None:
@@ -94,7 +101,7 @@ def test_modules() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     nodes = {name: graph.call_module(name, (x,)) for name in root}
-    assert {name: shares(node, root) for name, node in nodes.items()} == {
+    assert {name: shared_argument(node, root) for name, node in nodes.items()} == {
         "conv": None,
         "flatten": x,
         "relu": x,
@@ -181,7 +188,7 @@ def test_changed_behind() -> None:
                     operator.iadd, (view if write_view and view is not None else x, 1)
                 )
         graph.output(view if read_view else x)
-        return Memory(graph, nn.Module()).changed_behind(view)
+        return Memory(graph, nn.Module()).must_stay_view(view)
 
     assert answer(True, False, "vw")
     assert answer(False, True, "vw")
@@ -194,7 +201,7 @@ def test_an_input_outlives_the_graph() -> None:
     graph = fx.Graph()
     view = graph.call_method("view", (graph.placeholder("x"), -1))
     graph.output(graph.call_function(operator.iadd, (view, 1)))
-    assert Memory(graph, nn.Module()).changed_behind(view)
+    assert Memory(graph, nn.Module()).must_stay_view(view)
 
 
 def test_snapshot() -> None:

@@ -19,8 +19,8 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import TraceError
-from fxprune.trace.copying import copied, hooks_apart, hooks_of
-from fxprune.trace.reach.holders import same
+from fxprune.trace.copying import copy_hooks, copy_rebound, rebind_hooks
+from fxprune.trace.reach.holders import have_same_value
 
 
 class Old:
@@ -82,14 +82,14 @@ REFERENCES = {
 def test_a_copy_refers_to_what_stands_in_the_place(name: str) -> None:
     make, read = REFERENCES[name]
     held = make(OLD)
-    assert read(copied(held, dict(MEMO))) == "new"
+    assert read(copy_rebound(held, dict(MEMO))) == "new"
     assert read(held) == "old"
 
 
 def test_a_list_that_holds_itself() -> None:
     held: list[Any] = [OLD]
     held.append(held)
-    new = copied(held, dict(MEMO))
+    new = copy_rebound(held, dict(MEMO))
     assert new[0] is NEW
     assert new[1] is new
 
@@ -98,7 +98,7 @@ def test_a_copy_of_what_autograd_made_is_apart_from_it() -> None:
     """An activation that a hook has kept of a step of training."""
     kept = torch.ones(2, requires_grad=True) * 2
     held = {"first": kept, "again": [kept]}
-    new = copied(held, {})
+    new = copy_rebound(held, {})
     assert torch.equal(new["first"], kept)
     assert new["first"].grad_fn is None
     assert new["first"] is new["again"][0]
@@ -116,7 +116,7 @@ def test_functions_that_share_a_variable_go_on_sharing_it() -> None:
 
         return add, lambda: (count, value.says())
 
-    add, read = copied(pair(), dict(MEMO))
+    add, read = copy_rebound(pair(), dict(MEMO))
     add()
     assert read() == (1, "new")
 
@@ -126,27 +126,27 @@ def test_what_refers_to_nothing_replaced_is_the_same_object() -> None:
     collect = lambda value: seen.append(value)  # noqa: E731
     collector = Old()
     says = collector.says
-    assert copied(collect, dict(MEMO)) is collect
-    assert copied(says, dict(MEMO)) is says
+    assert copy_rebound(collect, dict(MEMO)) is collect
+    assert copy_rebound(says, dict(MEMO)) is says
 
 
 def test_hooks_collect_apart_in_a_trial_and_where_the_user_looks_afterwards() -> None:
     seen: list[Any] = [OLD]
     hooks = {1: lambda: seen.append(OLD.says()), 2: lambda: seen.append("second")}
-    trial = hooks_apart(hooks, dict(MEMO))
+    trial = copy_hooks(hooks, dict(MEMO))
     trial[1](), trial[2]()
     assert seen == [OLD]
-    for hook in hooks_of(hooks, dict(MEMO)).values():
+    for hook in rebind_hooks(hooks, dict(MEMO)).values():
         hook()
     assert seen == [OLD, "old", "second"]  # OLD is a global of this file, which no copy changes
 
 
 def test_an_object_whose_method_is_a_hook_is_left_alone_in_a_trial() -> None:
     collector = Old()
-    (trial,) = hooks_apart({1: collector.says}, {}).values()
+    (trial,) = copy_hooks({1: collector.says}, {}).values()
     trial.__self__.name = "changed"
     assert collector.name == "old"
-    (kept,) = hooks_of({1: collector.says}, {}).values()
+    (kept,) = rebind_hooks({1: collector.says}, {}).values()
     assert kept.__self__ is collector
 
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_copied_is_shared(make: Any) -> None:
 
 def test_only_what_cannot_be_copied_is_shared() -> None:
     beside = lock_below()
-    made = copied({"beside": beside}, {})["beside"]
+    made = copy_rebound({"beside": beside}, {})["beside"]
     assert made is not beside
     assert made.locks is not beside.locks
     assert made.locks[0] is beside.locks[0]
@@ -367,7 +367,7 @@ def test_a_layer_whose_forward_knows_it_as_a_global_is_pruned() -> None:
 def test_globals_that_are_not_replaced_stay_what_they_are() -> None:
     """Also where they are set to something else later."""
     globals()["NET"], globals()["NORM"] = nn.ReLU(), 1
-    made = copied(lambda: (NET, NORM), {id(NET): OLD})
+    made = copy_rebound(lambda: (NET, NORM), {id(NET): OLD})
     assert made() == (OLD, 1)
     globals()["NORM"] = 2
     assert made() == (OLD, 2)
@@ -376,8 +376,8 @@ def test_globals_that_are_not_replaced_stay_what_they_are() -> None:
 @pytest.mark.parametrize("made", [torch.tensor, np.array])
 def test_values_that_are_no_numbers_are_equal_to_their_copies(made: Any) -> None:
     one, other = made([1.0, math.nan]), made([1.0, math.nan])
-    assert same(one, other)
-    assert not same(one, made([math.nan, 1.0]))
+    assert have_same_value(one, other)
+    assert not have_same_value(one, made([math.nan, 1.0]))
 
 
 LEAVES_NOTHING = """

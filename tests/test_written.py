@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fxprune
 from fxprune.coupling import Labelling
 from fxprune.errors import VerificationError
-from fxprune.trace.aliasing import Undone
+from fxprune.trace.aliasing import UndoWrites
 from tests.support.checking import call, relative_error
 
 
@@ -175,8 +175,8 @@ def test_undone() -> None:
         "c": torch.ones(4),
         "d": torch.empty(4, device="meta"),
     }
-    undone = Undone(held)
-    with undone.afterwards(), torch.no_grad():
+    undone = UndoWrites(held)
+    with undone.undoing(), torch.no_grad():
         held["a"][1:3].zero_()
         torch._foreach_mul_([held["b"].data], 2.0)
         held["c"].add(1)
@@ -185,6 +185,6 @@ def test_undone() -> None:
         assert held["b"].sum() == 8
     assert undone.written == {"a", "b"}
     assert all(torch.equal(value, torch.ones(4)) for name, value in held.items() if name != "d")
-    with pytest.raises(RuntimeError), undone.afterwards():
+    with pytest.raises(RuntimeError), undone.undoing():
         held["a"].mul_(2).view(3)
     assert torch.equal(held["a"], torch.ones(4))

@@ -21,7 +21,7 @@ from fxprune.coupling import Coupling, Labelling, Terms, couple
 from fxprune.coupling.parts import Explored, decisions_of, explore, find_runnable
 from fxprune.errors import ChanceError, FxpruneError, TraceError
 from fxprune.inputs import Call, copied_to, shapes_of, with_larger_batch
-from fxprune.trace import MetaCopy, meta_copy_of, set_mode, slow_path, trace
+from fxprune.trace import MetaCopy, meta_copy_of, set_mode, trace, without_fast_path
 from fxprune.trace.reach import Reached, restoring_draws
 from fxprune.trace.user_code import ElsewhereError
 
@@ -281,7 +281,7 @@ class _PartRuns:
         """Prepare a run: a meta copy in evaluation mode, and the call on its device."""
         meta_copy = meta_copy_of(self.model)
         set_mode(meta_copy.model, training=False)
-        with slow_path(), seeded(0), restoring_draws(Reached(meta_copy.model)):
+        with without_fast_path(), seeded(0), restoring_draws(Reached(meta_copy.model)):
             yield meta_copy, copied_to(call, meta_copy.device)
 
     def explored(self, call: Call) -> Explored:

@@ -36,7 +36,7 @@ from fxprune.criteria.meter import Meter, RunningSum, placeholder_values, unchan
 from fxprune.criteria.views import Views, at_least_float32
 from fxprune.errors import ArgumentError
 from fxprune.inputs import Call
-from fxprune.trace.aliasing import Undone
+from fxprune.trace.aliasing import UndoWrites
 
 __all__ = ["Activation", "Fisher", "Loss", "Taylor"]
 
@@ -292,11 +292,11 @@ class Activation(_Reader):
         check_coupling(coupling, model)
         meter = Meter(coupling)
         values = _with_copied_buffers(coupling.meta_copy.real)
-        undone = Undone(dict(model.named_parameters()))
+        undone = UndoWrites(dict(model.named_parameters()))
         with (
-            undone.afterwards(),
+            undone.undoing(),
             torch.no_grad(),
-            coupling.meta_copy.holding(values) as filled,
+            coupling.meta_copy.with_tensors(values) as filled,
             evaluation_mode(filled),
         ):
             for batch in batches_of(self.loader, model, coupling.example):

@@ -22,7 +22,7 @@ from fxprune.inference.folding import fold
 from fxprune.inference.identities import drop_identities
 from fxprune.inference.layout import LAYOUTS, lay_out, take_any_layout
 from fxprune.rewrite import PrunedModule
-from fxprune.trace import copy_of
+from fxprune.trace import copy_module
 from fxprune.trace.aliasing import Memory, writes
 
 __all__ = ["LAYOUTS", "deploy", "lay_out"]
@@ -107,7 +107,7 @@ def _copy_of(model: nn.Module) -> nn.Module:
     memo = memo_of((tensor, tensor.detach().clone()) for tensor in computed)
     for tensor in (*model.parameters(), *model.buffers()):
         copy.deepcopy(tensor, memo)
-    return copy_of(model, memo)
+    return copy_module(model, memo)
 
 
 def _deploy_graph(root: fx.GraphModule, channels_last: bool) -> None:

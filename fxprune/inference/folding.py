@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from fxprune.inference.constants import new_buffer
-from fxprune.trace.aliasing import AUGMENTED, first_of, name_of
+from fxprune.trace.aliasing import AUGMENTED, first_argument, name_of
 
 __all__ = ["fold"]
 
@@ -121,7 +121,7 @@ class _Folder:
         """Return the affine map that a node applies to channels of another node, or None."""
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
-            source = first_of(node)
+            source = first_argument(node)
             is_norm = isinstance(module, _BatchNorm) and _is_plain_module(module)
             if not is_norm or not isinstance(source, fx.Node):
                 return None

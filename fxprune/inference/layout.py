@@ -55,7 +55,7 @@ def take_any_layout(root: fx.GraphModule, memory: Memory, channels_last: bool) -
         if not has(name_of(node, root), Trait.BY_LAYOUT):
             if channels_last and _needs_contiguous(root, node):
                 _make_contiguous(node)
-        elif memory.changed_behind(node):
+        elif memory.must_stay_view(node):
             if channels_last and memory.base[node].op != "get_attr":
                 raise ModelError(
                     f"{node.name!r} looks at memory that is written to later, and channels-last "

@@ -56,22 +56,22 @@ def _new_sizes(numbers: NewNumbers, call: OpCall, value: Any, given: Any, first:
     wanted = numbers.survivors.shape(value)
     # a list of sizes that the model computed
     if isinstance(given, fx.Node) and not isinstance(given.meta["val"], int):
-        if list(numbers.new(given)) != wanted[first : first + len(given.meta["val"])]:
+        if list(numbers.new_value(given)) != wanted[first : first + len(given.meta["val"])]:
             raise RewriteError(
                 f"the sizes that node {call.node.name!r} is given are computed as one",
                 call.node.name,
             )
-        return numbers.now(given)
+        return numbers.new_node(given)
     out = []
     for axis, entry in enumerate(given if isinstance(given, (tuple, list)) else [given], first):
         if isinstance(entry, fx.Node):
             lost = wanted[axis] != value.shape[axis]
             even = (
                 not lost
-                or numbers.extents.known(call.node, axis)
-                or numbers.extents.even(value, axis)
+                or numbers.extents.is_known(call.node, axis)
+                or numbers.extents.has_equal_shares(value, axis)
             )
-            out.append(numbers.sized(entry, value.shape[axis], wanted[axis], even=even))
+            out.append(numbers.new_size(entry, value.shape[axis], wanted[axis], even=even))
         else:
             out.append(entry if entry == -1 else wanted[axis])
     return out
@@ -79,7 +79,7 @@ def _new_sizes(numbers: NewNumbers, call: OpCall, value: Any, given: Any, first:
 
 def _scaled(numbers: NewNumbers, entry: Any, wanted: int) -> Any:
     """Return a new number of groups or repetitions, which follows from sizes."""
-    return numbers.sized(entry, numbers.old(entry), wanted)
+    return numbers.new_size(entry, numbers.old_value(entry), wanted)
 
 
 def sizes_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
@@ -142,7 +142,7 @@ def _divided_axes(
     held = [d for d in ins if d < lost[-1]] if first or has_literal_between else []
     fixed = 1
     for d in reversed(ins):
-        if not numbers.extents.fixed(call.given["self"], d):
+        if not numbers.extents.is_fixed(call.given["self"], d):
             break
         fixed *= call.ran["self"].shape[d]
     behind = math.prod(value.shape[d] for d in outs[last + 1 :])
@@ -249,7 +249,7 @@ def index_literal(numbers: NewNumbers, x: fx.Node, axis: int, part: Any) -> Any:
     """
     if isinstance(part, slice):
         return _new_slice(numbers, x, axis, part)
-    old = numbers.old(part)
+    old = numbers.old_value(part)
     if isinstance(old, int) and not isinstance(old, bool):
         return _new_position(numbers, x, axis, part)
     return part
@@ -257,10 +257,10 @@ def index_literal(numbers: NewNumbers, x: fx.Node, axis: int, part: Any) -> Any:
 
 def _new_slice(numbers: NewNumbers, x: fx.Node, axis: int, part: slice) -> slice:
     """Return the slice of an axis that takes the survivors of the original's slice."""
-    tensor = numbers.old(x)
+    tensor = numbers.old_value(x)
     if numbers.survivors.rows(tensor, axis) is None:
         return part
-    bounds = (numbers.old(bound) for bound in (part.start, part.stop, part.step))
+    bounds = (numbers.old_value(bound) for bound in (part.start, part.stop, part.step))
     start, stop, step = slice(*bounds).indices(tensor.shape[axis])
     if step != 1 or part.start is not None or part.stop is not None:
         numbers.hold_positions(x, axis, part.start, part.stop)
@@ -276,11 +276,13 @@ def _new_slice(numbers: NewNumbers, x: fx.Node, axis: int, part: slice) -> slice
 
 def _new_position(numbers: NewNumbers, x: fx.Node, axis: int, index: Any) -> Any:
     """Return the index of a position among the survivors of an axis."""
-    tensor = numbers.old(x)
+    tensor = numbers.old_value(x)
     if numbers.survivors.rows(tensor, axis) is None:
         return index
     numbers.hold_positions(x, axis, index)
-    return _survivors_between(numbers, tensor, axis, 0, numbers.old(index) % tensor.shape[axis])
+    return _survivors_between(
+        numbers, tensor, axis, 0, numbers.old_value(index) % tensor.shape[axis]
+    )
 
 
 def roll_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
@@ -411,7 +413,7 @@ def attention_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     query, tensor = call.given["query"], call.ran["query"]
     if call.ran["scale"] is not None or numbers.survivors.shape(tensor)[-1] == tensor.shape[-1]:
         return {}
-    width, scale = numbers.size(query, tensor.dim() - 1), tensor.shape[-1] ** -0.5
+    width, scale = numbers.original_size(query, tensor.dim() - 1), tensor.shape[-1] ** -0.5
     if isinstance(width, fx.Node):
         scale = numbers.create("call_function", operator.pow, (width, -0.5), {}, scale)
     return {"scale": scale}

@@ -30,15 +30,15 @@ class SurvivorCounts(Protocol):
 class KnownExtents(Protocol):
     """How sizes in the smaller model follow from the original's sizes, for any input."""
 
-    def known(self, node: fx.Node, axis: int) -> bool:
+    def is_known(self, node: fx.Node, axis: int) -> bool:
         """Tell whether anything is known about the size of an axis."""
         ...
 
-    def fixed(self, node: fx.Node, axis: int) -> bool:
+    def is_fixed(self, node: fx.Node, axis: int) -> bool:
         """Tell whether the size of an axis is the same for every input."""
         ...
 
-    def even(self, tensor: Tensor, axis: int) -> bool:
+    def has_equal_shares(self, tensor: Tensor, axis: int) -> bool:
         """Tell whether the same share of an axis survives, whatever its size."""
         ...
 
@@ -56,23 +56,23 @@ class NewNumbers(Protocol):
         """How sizes follow from the original's sizes."""
         ...
 
-    def old(self, value: Any) -> Any:
+    def old_value(self, value: Any) -> Any:
         """Return the value of an argument in the original, for the example input."""
         ...
 
-    def new(self, value: Any) -> Any:
+    def new_value(self, value: Any) -> Any:
         """Return the value that the original's code computes in the smaller model."""
         ...
 
-    def now(self, node: fx.Node) -> fx.Node:
-        """Return the node of the new graph that computes the value of :meth:`new`."""
+    def new_node(self, node: fx.Node) -> fx.Node:
+        """Return the node of the new graph that computes the value of :meth:`new_value`."""
         ...
 
-    def size(self, tensor: fx.Node, axis: int) -> Any:
+    def original_size(self, tensor: fx.Node, axis: int) -> Any:
         """Return the original's size of an axis, as a number or as a node of the new graph."""
         ...
 
-    def sized(self, value: Any, old: Any, wanted: Any, *, even: bool = True) -> Any:
+    def new_size(self, value: Any, old: Any, wanted: Any, *, even: bool = True) -> Any:
         """Return a size that is ``old`` in the original and ``wanted`` in the smaller model.
 
         Parameters

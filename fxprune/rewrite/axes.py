@@ -93,7 +93,7 @@ def _reshaped(extents: Extents, node: fx.Node, axis: int) -> Extent:
                     first, old
                 )
                 return Extent.FIXED if fixed else Extent.SHARE
-            return Extent.SHARE if extents.even(value, axis) else Extent.UNKNOWN
+            return Extent.SHARE if extents.has_equal_shares(value, axis) else Extent.UNKNOWN
     return Extent.UNKNOWN
 
 

@@ -129,7 +129,7 @@ class CheckedGraph:
 
     def call(self, node: fx.Node) -> OpCall | None:
         """Return the ATen op that a node of the original's graph calls; None if it is not one."""
-        return call_of(node, self.ran(node), self.numbers.old)
+        return call_of(node, self.ran(node), self.numbers.old_value)
 
     def ran(self, node: fx.Node) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         """Return the ops that a node of the original's graph ran, with their arguments."""

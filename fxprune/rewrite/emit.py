@@ -48,7 +48,7 @@ from fxprune.rewrite.skeleton import (
 )
 from fxprune.rewrite.survivors import Mask, Survivors
 from fxprune.trace import Trace, plain_attention
-from fxprune.trace.aliasing import first_of, name_of, shares
+from fxprune.trace.aliasing import first_argument, name_of, shared_argument
 
 __all__ = ["emit"]
 
@@ -358,7 +358,7 @@ class _Emission(CheckedGraph):
         survives, a view becomes possible, because the stride of that axis no longer counts. It
         matters if one of the two tensors is written to later and the other one is read.
         """
-        source, value = shares(node, self.trace.meta_copy.model), value_of(node)
+        source, value = shared_argument(node, self.trace.meta_copy.model), value_of(node)
         old = None if source is None else value_of(source)
         if (
             not isinstance(old, Tensor)
@@ -373,14 +373,14 @@ class _Emission(CheckedGraph):
             return False
         written = (value_of(to) for to in self.memory.written_after(node))
         is_written = any(isinstance(to, Tensor) and storage_of(to) in storages for to in written)
-        return is_written and self.memory.changed_behind(node)
+        return is_written and self.memory.must_stay_view(node)
 
     def _cloned(self, node: fx.Node, new: fx.Node) -> fx.Node:
         """Return a node that copies a node's result, as the original's node does.
 
         The graph is held to inputs whose layout makes the original copy.
         """
-        self.numbers.hold_layout(cast(fx.Node, first_of(node)))
+        self.numbers.hold_layout(cast(fx.Node, first_argument(node)))
         copied = self.graph.call_method("clone", (new,))
         if new in self.unrun:
             self.unrun[copied] = self.unrun[new]
@@ -418,7 +418,7 @@ class _Emission(CheckedGraph):
         if self.survivors.rows(value_of(cut[0]), cut[1]) is not None:
             self.numbers.hold_positions(*cut)  # fewer parts may be left
             return True
-        return self.numbers.extents.fixed(*cut)
+        return self.numbers.extents.is_fixed(*cut)
 
     def _is_only_asserted(self, node: fx.Node) -> bool:
         """Tell whether a number is read only by assertions that count the parts of a width."""

@@ -62,11 +62,11 @@ class Extents:
             self._known[key] = found
         return self._known[key]
 
-    def known(self, node: fx.Node, axis: int) -> bool:
+    def is_known(self, node: fx.Node, axis: int) -> bool:
         """Tell whether anything is known of an axis."""
         return self.of(node, axis) is not Extent.UNKNOWN
 
-    def fixed(self, node: fx.Node, axis: int) -> bool:
+    def is_fixed(self, node: fx.Node, axis: int) -> bool:
         """Tell whether an axis has the same size for every input."""
         return self.of(node, axis) is Extent.FIXED
 
@@ -107,7 +107,7 @@ class Extents:
             return not isinstance(number, (tuple, list)) or all(map(self.is_constant, number))
         read = axes_read(number)
         if read is not None:
-            return all(self.fixed(read[0], axis) for axis in read[1])
+            return all(self.is_fixed(read[0], axis) for axis in read[1])
         inputs = number.all_input_nodes
         if not inputs or any(holds_tensors(n.meta["val"]) for n in inputs):
             return False
@@ -218,9 +218,9 @@ class Extents:
 
     def has_no_hidden_axis(self, node: fx.Node, value: Tensor) -> bool:
         """Tell whether no axis of size 1 can have another size for another input."""
-        return all(size > 1 or self.fixed(node, d) for d, size in enumerate(value.shape))
+        return all(size > 1 or self.is_fixed(node, d) for d, size in enumerate(value.shape))
 
-    def even(self, tensor: Tensor, axis: int) -> bool:
+    def has_equal_shares(self, tensor: Tensor, axis: int) -> bool:
         """Tell whether the survivors of an axis are always the same share of its positions.
 
         They are if each position belongs to a unit, and all units lie on equally many positions.

@@ -63,7 +63,7 @@ def correct(
 def _item(numbers: Numbers, node: fx.Node) -> NewCall:
     """Correct the index of ``x[index]`` or ``x[index] = value``."""
     x: Any = node.args[0]
-    given, tensor = node.args[1], numbers.old(x)
+    given, tensor = node.args[1], numbers.old_value(x)
     if not isinstance(tensor, Tensor):
         return node.target, node.args, node.kwargs
     parts = list(given) if isinstance(given, (tuple, list)) else [given]

@@ -13,7 +13,7 @@ from fxprune.common.identity import Memo, from_memo, memo_of, to_memo
 from fxprune.rewrite.containers import containers_named
 from fxprune.rewrite.pickled import pack, unpack
 from fxprune.trace.context_managers import blocks
-from fxprune.trace.copying import copied
+from fxprune.trace.copying import copy_rebound
 
 __all__ = ["PrunedModule", "copy_behaviour", "hold_modes", "sharing_graphs"]
 
@@ -107,14 +107,14 @@ class PrunedModule(fx.GraphModule):
         if from_memo(memo, self.graph, None) is self.graph:
             new = to_memo(memo, self, object.__new__(type(self)))
             del rest[_NAME]
-            new.__dict__.update({key: copied(value, memo) for key, value in rest.items()})
+            new.__dict__.update({key: copy_rebound(value, memo) for key, value in rest.items()})
             new.__dict__.update(
                 copy.deepcopy(stores, memo), _graph=self.graph, training_graph=self.training_graph
             )
             return new
         new = to_memo(memo, self, _empty())
         # copied with the memo, because hooks may refer to modules around this one
-        rest = {key: copied(value, memo) for key, value in rest.items()}
+        rest = {key: copy_rebound(value, memo) for key, value in rest.items()}
         _rebuild(new, copy.deepcopy(stores, memo), rest, _graphs(self), kind)
         return new
 

@@ -5,7 +5,7 @@ gets the right one:
 
 - Used as a number (a scale, a divisor, a condition), it keeps its value in the original.
   :meth:`Numbers.original` computes it from sizes that are scaled back.
-- Used as a size, it gets its value in the smaller model: :meth:`Numbers.sized`.
+- Used as a size, it gets its value in the smaller model: :meth:`Numbers.new_size`.
 
 If a number does not follow for inputs of other sizes, the graph asserts that it has the example's
 value.
@@ -63,7 +63,7 @@ class Numbers:
         self._held_ranks: set[fx.Node] = set()  # tensors held to the example's number of axes
         self._held_axes: set[tuple[fx.Node, int]] = set()  # axes held to the example's size
 
-    def old(self, value: Any) -> Any:
+    def old_value(self, value: Any) -> Any:
         """Return an argument with nodes replaced by their values in the original."""
         return fx.node.map_arg(value, lambda node: node.meta["val"])
 
@@ -93,10 +93,10 @@ class Numbers:
         return (
             _asks(node)
             and type(node.meta["val"]) is not bool
-            and self.new(node) != node.meta["val"]
+            and self.new_value(node) != node.meta["val"]
         )
 
-    def new(self, value: Any) -> Any:
+    def new_value(self, value: Any) -> Any:
         """Return an argument with nodes replaced by their values in the smaller model.
 
         These are the values that the original's code computes there, for the example; ``nan``
@@ -162,14 +162,14 @@ class Numbers:
         calls_size = name_of(node) == "size" and len(node.args) == 1 and not node.kwargs
         if not calls_size and not (node.target is getattr and node.args[1] == "shape"):
             return None
-        sizes = [self.size(node.args[0], d) for d in range(len(node.meta["val"]))]
+        sizes = [self.original_size(node.args[0], d) for d in range(len(node.meta["val"]))]
         return (
             self.create("call_function", torch.Size, (sizes,), {}, node.meta["val"])
             if _nodes_in(sizes)
             else tuple(sizes)
         )
 
-    def size(self, tensor: fx.Node, axis: int) -> Any:
+    def original_size(self, tensor: fx.Node, axis: int) -> Any:
         """Return the original's size of an axis, as a number or as a node of the new graph.
 
         If the size does not follow from the smaller model's, the axis is held to the example's
@@ -195,26 +195,26 @@ class Numbers:
         old, smaller = tensor.meta["val"].shape, self.survivors.shape(tensor.meta["val"])
         shrunk = [axis for axis in axes if smaller[axis] != old[axis]]
         if len(axes) == 1:
-            return self.size(tensor, axes[0])
-        if all(self.extents.fixed(tensor, axis) for axis in axes):
+            return self.original_size(tensor, axes[0])
+        if all(self.extents.is_fixed(tensor, axis) for axis in axes):
             return node.meta["val"]
         for axis in shrunk:
-            if not self.extents.known(tensor, axis):
-                self.size(tensor, axis)  # holds the axis to the example's size
+            if not self.extents.is_known(tensor, axis):
+                self.original_size(tensor, axis)  # holds the axis to the example's size
         before, after = math.prod(old[a] for a in shrunk), math.prod(smaller[a] for a in shrunk)
-        return self.times(self.now(node), before, after)
+        return self.times(self.new_node(node), before, after)
 
     def _hold_to_example(self, node: fx.Node) -> Any:
         """Hold another property of a tensor, such as a stride, to its value for the example.
 
         Returns that value in the original.
         """
-        self.hold(self.now(node), self._new(node), formula(node), node.meta["val"])
+        self.hold(self.new_node(node), self._new(node), formula(node), node.meta["val"])
         return node.meta["val"]
 
     # -- numbers used as sizes
 
-    def now(self, node: fx.Node) -> fx.Node:
+    def new_node(self, node: fx.Node) -> fx.Node:
         """Return the node that computes a number from the smaller model's sizes.
 
         It computes the number as the original's code does.
@@ -222,11 +222,11 @@ class Numbers:
         if node.graph is self.graph:
             return node
         if node not in self.new_nodes:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.now)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.new_node)
             self.new_nodes[node] = self.create(node.op, node.target, args, kwargs, self._new(node))
         return self.new_nodes[node]
 
-    def sized(self, value: Any, old: Any, wanted: Any, *, even: bool = True) -> Any:
+    def new_size(self, value: Any, old: Any, wanted: Any, *, even: bool = True) -> Any:
         """Return a size for the smaller model, right for inputs of any size.
 
         Parameters
@@ -250,7 +250,7 @@ class Numbers:
         if wanted == old:
             return self._original(value)
         if self.is_shrunk(value) and self._new(value) == wanted and self._is_product(value):
-            return wanted if self.extents.is_constant(value) else self.now(value)
+            return wanted if self.extents.is_constant(value) else self.new_node(value)
         original = self._original(value)
         if not isinstance(original, fx.Node):
             return wanted
@@ -277,14 +277,16 @@ class Numbers:
             If an axis with the same size for every input is cut to a length that depends on the
             input, as a table of positional embeddings is.
         """
-        if not self.extents.fixed(tensor, axis) and (tensor, axis) not in self._held_axes:
+        if not self.extents.is_fixed(tensor, axis) and (tensor, axis) not in self._held_axes:
             self._held_axes.add((tensor, axis))
             now = self._size_now(tensor, axis)
             name, old = f"{tensor.name}.size({axis})", tensor.meta["val"].shape[axis]
             self.hold(now, self.values[now], name, old)
         for number in _nodes_in(bounds):
             if _is_number(number.meta["val"]):
-                if isinstance(self.original(number), fx.Node) and self.extents.fixed(tensor, axis):
+                if isinstance(self.original(number), fx.Node) and self.extents.is_fixed(
+                    tensor, axis
+                ):
                     raise RewriteError(
                         f"axis {axis} of {tensor.name!r} is cut to {formula(number)}, which "
                         "inputs decide",
@@ -316,8 +318,8 @@ class Numbers:
         old = tensor.meta["val"]
         is_dense = old.permute(_in_memory(old)).is_contiguous()
         for axis, size in enumerate(old.shape):
-            if not self.extents.fixed(tensor, axis):
-                number, value = self.size(tensor, axis), size
+            if not self.extents.is_fixed(tensor, axis):
+                number, value = self.original_size(tensor, axis), size
                 name = f"{tensor.name}.size({axis})"
                 if is_dense and isinstance(number, fx.Node):
                     value, name = size == 1, f"({name} == 1)"
@@ -333,7 +335,7 @@ class Numbers:
             return True
         read = axes_read(value)
         if read is not None:
-            return all(self.extents.known(read[0], axis) for axis in read[1])
+            return all(self.extents.is_known(read[0], axis) for axis in read[1])
         return value.target is operator.mul and all(map(self._is_product, value.args))
 
     # -- new nodes

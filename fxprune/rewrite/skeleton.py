@@ -14,8 +14,8 @@ from fxprune.common.identity import IdentityMap, memo_of
 from fxprune.coupling import Coupling
 from fxprune.ops import Context
 from fxprune.rewrite.survivors import Survivors
-from fxprune.trace import attribute, is_leaf, put_tensors
-from fxprune.trace.copying import HOOKS, hooks_of
+from fxprune.trace import copy_attribute, is_leaf, put_tensors
+from fxprune.trace.copying import HOOKS, rebind_hooks
 
 __all__ = [
     "copy_hooks",
@@ -86,7 +86,7 @@ def redirect_attributes(
         attributes = vars(final[key])
         for name, value in vars(copied).items():
             if name not in (*_SKELETON_STORES, *HOOKS) and attributes.get(name) is value:
-                attributes[name] = attribute(name, value, memo)
+                attributes[name] = copy_attribute(name, value, memo)
 
 
 def copy_hooks(
@@ -106,7 +106,7 @@ def copy_hooks(
     memo = memo_of((user, final[key]) for key, user in users.items() if key in final)
     for key, user in users.items():
         for store in HOOKS if key in final else ():
-            vars(final[key])[store] = hooks_of(vars(user)[store], memo)
+            vars(final[key])[store] = rebind_hooks(vars(user)[store], memo)
 
 
 _SKELETON_STORES = (

@@ -29,13 +29,13 @@ from fxprune.trace.decisions import formula
 from fxprune.trace.execution import execute
 from fxprune.trace.meta_copy import (
     MetaCopy,
-    attribute,
-    copy_of,
+    copy_attribute,
+    copy_module,
     meta_copy_of,
     put_tensors,
     set_mode,
 )
-from fxprune.trace.patches import plain_attention, slow_path
+from fxprune.trace.patches import plain_attention, without_fast_path
 from fxprune.trace.sequences import SizeTuple
 from fxprune.trace.traced import Trace
 from fxprune.trace.tracer import is_leaf
@@ -46,8 +46,8 @@ __all__ = [
     "MetaCopy",
     "SizeTuple",
     "Trace",
-    "attribute",
-    "copy_of",
+    "copy_attribute",
+    "copy_module",
     "example_of",
     "execute",
     "following",
@@ -57,7 +57,7 @@ __all__ = [
     "plain_attention",
     "put_tensors",
     "set_mode",
-    "slow_path",
     "trace",
     "user_line",
+    "without_fast_path",
 ]

@@ -28,11 +28,11 @@ from fxprune.trace.module_state import (
     first_difference,
     follows_inputs,
 )
-from fxprune.trace.patches import taken_over
+from fxprune.trace.patches import torch_patched
 from fxprune.trace.reach import Reach, watching_draws
 from fxprune.trace.traced import DRAWS, Trace
 from fxprune.trace.tracer import Tracer
-from fxprune.trace.user_code import following, takes_functions, user_line
+from fxprune.trace.user_code import following, higher_order_message, user_line
 
 __all__ = [
     "draws_every_time",
@@ -118,7 +118,7 @@ def trace_call(tracer: Tracer, meta_copy: MetaCopy) -> tuple[Trace, frozenset[st
     """
     with (
         torch.no_grad(),
-        taken_over(tracer, meta_copy.model),
+        torch_patched(tracer, meta_copy.model),
         following(),
         detecting_draws() as drawn,
     ):
@@ -184,9 +184,9 @@ def _leftovers(
     stored : list of fx.Node
         The nodes of the stored values.
     """
-    missed = [*missed_lookups(tracer.lookups, meta_copy.reached.made)]
-    filled = meta_copy.reached.keys(_is_stand_in) if missed else []
-    removed = meta_copy.reached.take_out(_is_stand_in)
+    missed = [*missed_lookups(tracer.lookups, meta_copy.reached.cache_misses)]
+    filled = meta_copy.reached.foreign_keys(_is_stand_in) if missed else []
+    removed = meta_copy.reached.remove_foreign(_is_stand_in)
     nodes = [node for node in map(node_of, removed) if node is not None]
     return missed, filled, nodes
 
@@ -205,8 +205,8 @@ def _trace_error(error: Exception, tracer: Tracer, model: nn.Module) -> FxpruneE
     """Return the error to raise for an exception that forward raised, with the user's line."""
     if tracer.other_thread_error is not None:
         return tracer.other_thread_error
-    if takes_functions(error):
-        return TraceError(takes_functions(error))
+    if higher_order_message(error):
+        return TraceError(higher_order_message(error))
     where = user_line(traceback.extract_tb(error.__traceback__))
     if type(error).__module__.startswith("torch._dynamo"):
         return TraceError(
@@ -230,7 +230,7 @@ def _draws_again(tracer: Tracer, meta_copy: MetaCopy) -> bool:
         again = Tracer(meta_copy, *tracer.example, tracer.training, shape_mode)
         with (
             torch.no_grad(),
-            taken_over(again, meta_copy.model),
+            torch_patched(again, meta_copy.model),
             following(),
             watching_draws(meta_copy.model) as drawn,
         ):
@@ -243,7 +243,7 @@ def _draws_again(tracer: Tracer, meta_copy: MetaCopy) -> bool:
                 return True
             finally:
                 again.close()
-                meta_copy.reached.take_out(_is_stand_in)
+                meta_copy.reached.remove_foreign(_is_stand_in)
     return True
 
 

@@ -23,15 +23,15 @@ __all__ = [
     "AUGMENTED",
     "Memory",
     "Snapshot",
-    "Undone",
-    "first_of",
-    "is_again",
+    "UndoWrites",
+    "computes_call",
+    "first_argument",
     "name_of",
     "node_of",
-    "shares",
+    "shared_argument",
     "squeezes_all",
     "writes",
-    "written",
+    "written_arguments",
 ]
 
 AUGMENTED = (
@@ -84,7 +84,7 @@ def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     is_asked = node.kwargs.get("inplace") or node.kwargs.get("out") is not None
-    if is_asked or node.target in _WRITING or _written_arguments(node.target):
+    if is_asked or node.target in _WRITING or _written_parameters(node.target):
         return True
     name = name_of(node)
     if _is_operator(node):
@@ -94,7 +94,7 @@ def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
     return name.endswith("_")
 
 
-def written(node: fx.Node, root: nn.Module | None = None) -> Sequence[fx.Node]:
+def written_arguments(node: fx.Node, root: nn.Module | None = None) -> Sequence[fx.Node]:
     """Return the arguments that a call may write into.
 
     For an operation that torch documents, these are the first argument and ``out``; for others,
@@ -103,7 +103,7 @@ def written(node: fx.Node, root: nn.Module | None = None) -> Sequence[fx.Node]:
     if not writes(node, root):
         return ()
     found: list[fx.Node] = []
-    for place, name in _written_arguments(node.target):
+    for place, name in _written_parameters(node.target):
         argument = node.args[place] if place < len(node.args) else node.kwargs.get(name)
         fx.node.map_arg(argument, found.append)
     if found:
@@ -113,12 +113,12 @@ def written(node: fx.Node, root: nn.Module | None = None) -> Sequence[fx.Node]:
         or node.target in _WRITING
         or hasattr(torch.ops.aten, name_of(node).strip("_"))
     )
-    fx.node.map_arg((first_of(node), node.kwargs.get("out")), found.append)
+    fx.node.map_arg((first_argument(node), node.kwargs.get("out")), found.append)
     return found if is_known and found else node.all_input_nodes
 
 
 @functools.cache
-def _written_arguments(target: Any) -> tuple[tuple[int, str], ...]:
+def _written_parameters(target: Any) -> tuple[tuple[int, str], ...]:
     """Return position and name of the arguments that an operation writes into.
 
     Empty if its schema is not known.
@@ -133,26 +133,27 @@ def _written_arguments(target: Any) -> tuple[tuple[int, str], ...]:
     return tuple(found)
 
 
-def shares(node: fx.Node, root: nn.Module) -> fx.Node | None:
+def shared_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
     """Return the argument with which the result of a call may share memory; None if there is none.
 
     A result that is not known to be new may share memory with the first argument.
     """
-    first = first_of(node)
+    first = first_argument(node)
     is_call = node.op in ("call_function", "call_method", "call_module")
     if not is_call or not isinstance(first, fx.Node):
         return None
     return None if not writes(node, root) and _makes_new(node, root) else first
 
 
-def first_of(node: fx.Node) -> Any:
+def first_argument(node: fx.Node) -> Any:
     """Return the first argument of a call, given by position or by torch's name for it.
 
     None if the call has none.
 
     >>> x = fx.Graph().placeholder("x")
     >>> call = x.graph.call_function
-    >>> first_of(call(torch.relu, (x,))) is first_of(call(torch.relu, (), {"input": x})) is x
+    >>> by_position, by_name = call(torch.relu, (x,)), call(torch.relu, (), {"input": x})
+    >>> first_argument(by_position) is first_argument(by_name) is x
     True
     """
     return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
@@ -233,7 +234,7 @@ def node_of(value: Any) -> fx.Node | None:
     return getattr(value, "fx_node", None)
 
 
-def is_again(node: fx.Node | None, *call: Any) -> bool:
+def computes_call(node: fx.Node | None, *call: Any) -> bool:
     """Tell whether a node computes a given call.
 
     A node that comes from ``+=`` or the like of that call's result counts, too.
@@ -271,11 +272,11 @@ class Memory:
         self._place = {node: place for place, node in enumerate(nodes)}
         self._writes: list[tuple[int, fx.Node]] = []  # places of calls, and what they write into
         self._last_read: dict[fx.Node, int] = {}  # places of calls
-        self._source = {node: shares(node, root) for node in nodes}
+        self._source = {node: shared_argument(node, root) for node in nodes}
         self.base: dict[fx.Node, fx.Node] = {}
         self._families: dict[fx.Node, list[fx.Node]] = {}
         for place, node in enumerate(nodes):
-            self._writes += [(place, to) for to in written(node, root)]
+            self._writes += [(place, to) for to in written_arguments(node, root)]
             readers = filter(_reads_values, node.users)
             self._last_read[node] = max(map(self._place.__getitem__, readers), default=-1)
             source = self._source[node]
@@ -303,7 +304,7 @@ class Memory:
         """Return the nodes that may be written into after a node has run."""
         return [to for place, to in self._writes if place > self._place[node]]
 
-    def changed_behind(self, view: fx.Node) -> bool:
+    def must_stay_view(self, view: fx.Node) -> bool:
         """Tell whether a view must stay a view.
 
         It must if the view or the memory it views is written to, and the other is read afterwards.
@@ -359,7 +360,7 @@ class Snapshot:
         return None
 
 
-class Undone:
+class UndoWrites:
     """Undoes what runs write into tensors, such as a forward that clamps its weights.
 
     A tensor is saved only when it is written.
@@ -377,8 +378,8 @@ class Undone:
     Examples
     --------
     >>> weight = torch.ones(2)
-    >>> undone = Undone({"weight": weight})
-    >>> with undone.afterwards():
+    >>> undone = UndoWrites({"weight": weight})
+    >>> with undone.undoing():
     ...     print(weight.mul_(3))
     tensor([3., 3.])
     >>> weight, undone.written
@@ -394,7 +395,7 @@ class Undone:
         self.written: set[str] = set()
 
     @contextmanager
-    def afterwards(self) -> Iterator[None]:
+    def undoing(self) -> Iterator[None]:
         """Undo on exit what a run inside this context writes."""
         try:
             with self.watching():
@@ -408,7 +409,7 @@ class Undone:
     def watching(self) -> DispatchMode:
         """Return a mode that sees the operations where other modes are turned off.
 
-        It is for use inside of :meth:`afterwards`.
+        It is for use inside of :meth:`undoing`.
         """
         return _Writes(self)
 
@@ -423,13 +424,13 @@ class Undone:
 class _Writes(DispatchMode):
     """A dispatch mode that saves tensors before an operation writes into them."""
 
-    def __init__(self, undone: Undone) -> None:
+    def __init__(self, undone: UndoWrites) -> None:
         super().__init__()
         self.undone = undone
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for place, name in _written_arguments(func):
+        for place, name in _written_parameters(func):
             for tensor in tensors_of(args[place] if place < len(args) else kwargs.get(name)):
                 self.undone.save(tensor)
         return func(*args, **kwargs)

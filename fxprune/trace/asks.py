@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxprune.trace.user_code import asker, user_line
+from fxprune.trace.user_code import calling_function, user_line
 
 __all__ = ["PARAMETER_ANSWERS", "UNANSWERABLE", "device_question_message", "question_message"]
 
@@ -40,7 +40,7 @@ def question_message(what: str, how: str) -> str:
     how:
         The expression that asks it.
     """
-    who = asker()
+    who = calling_function()
     if who != "forward":
         return (
             f"{who} asks {what} (at {user_line()}), to do something else then, and a graph has "

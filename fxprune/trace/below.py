@@ -51,7 +51,10 @@ class BelowPython(Guarded):
         if reads_size(func):
             self._guard_shown_sizes(args[0])
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*map_leaves(self.known, args), **map_leaves(self.known, kwargs))
+            return func(
+                *map_leaves(self.stand_in_if_known, args),
+                **map_leaves(self.stand_in_if_known, kwargs),
+            )
 
     def on_dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an ATen operation on stand-ins that the dispatcher reports."""
@@ -85,7 +88,7 @@ class BelowPython(Guarded):
             return False
         for leaf in tree_leaves((args, kwargs)):
             is_plain = isinstance(leaf, Tensor) and not isinstance(leaf, Traced)
-            if is_plain and leaf.is_meta and self.known(leaf) is leaf:
+            if is_plain and leaf.is_meta and self.stand_in_if_known(leaf) is leaf:
                 return True
         return False
 

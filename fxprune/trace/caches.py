@@ -26,7 +26,12 @@ from fxprune.common.dispatch import META, holds_tensors, map_tensors
 from fxprune.errors import FxpruneError
 from fxprune.inputs import Call
 from fxprune.trace.execution import execute
-from fxprune.trace.module_state import AttributeChange, Attributes, carried, values_read
+from fxprune.trace.module_state import (
+    AttributeChange,
+    Attributes,
+    changes_to_next_call,
+    values_read,
+)
 from fxprune.trace.reach import Entry, Reach
 from fxprune.trace.reach.references import code_within
 
@@ -232,7 +237,7 @@ class _Forgetting:
         if (
             again is None
             or path not in again.changes
-            or carried(again.changes.values())
+            or changes_to_next_call(again.changes.values())
             or again.results != now.results
         ):
             return set()

@@ -24,7 +24,7 @@ from fxprune.common.identity import (
     to_memo,
 )
 
-__all__ = ["HOOKS", "HOOKS_CALLED", "copied", "hooks_apart", "hooks_of", "is_filled"]
+__all__ = ["HOOKS", "HOOKS_CALLED", "copy_hooks", "copy_rebound", "is_filled", "rebind_hooks"]
 
 _COPIED_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _MAPPINGS = (dict, collections.OrderedDict)
@@ -33,7 +33,7 @@ _CONTAINERS = frozenset(
 )
 
 
-def copied(value: Any, memo: Memo) -> Any:
+def copy_rebound(value: Any, memo: Memo) -> Any:
     """Copy a value like ``copy.deepcopy``, and rebind functions in it, too.
 
     Functions, methods and partials are copied only if they refer to objects in ``memo``, through
@@ -52,7 +52,8 @@ def copied(value: Any, memo: Memo) -> Any:
     >>> one, other = [1], [2]
     >>> def reader(held):
     ...     return lambda: held[0]
-    >>> copied({"read": reader(one)}, memo_of([(one, other)]))["read"](), copied(len, {}) is len
+    >>> held = copy_rebound({"read": reader(one)}, memo_of([(one, other)]))
+    >>> held["read"](), copy_rebound(len, {}) is len
     (2, True)
     """
     if in_memo(memo, value):
@@ -76,14 +77,14 @@ def _copied_callable(value: Any, memo: Memo) -> Any:
     """Copy a partial, or a function or method that leads to replaced objects."""
     kind = type(value)
     if kind is functools.partial:
-        args = [copied(item, memo) for item in value.args]
-        keywords = {name: copied(item, memo) for name, item in value.keywords.items()}
-        return functools.partial(copied(value.func, memo), *args, **keywords)
+        args = [copy_rebound(item, memo) for item in value.args]
+        keywords = {name: copy_rebound(item, memo) for name, item in value.keywords.items()}
+        return functools.partial(copy_rebound(value.func, memo), *args, **keywords)
     if not _refers(value, memo):
         return value
     if kind is types.FunctionType:
         return _copied_function(value, memo)
-    return types.MethodType(copied(value.__func__, memo), copied(value.__self__, memo))
+    return types.MethodType(copy_rebound(value.__func__, memo), copy_rebound(value.__self__, memo))
 
 
 def _copied_container(value: Any, memo: Memo) -> Any:
@@ -95,13 +96,15 @@ def _copied_container(value: Any, memo: Memo) -> Any:
     made: Any
     if kind is list:
         made = to_memo(memo, value, kind())
-        made.extend(copied(item, memo) for item in value)
+        made.extend(copy_rebound(item, memo) for item in value)
         return made
     if kind in _MAPPINGS:
         made = to_memo(memo, value, kind())
-        made.update((copied(key, memo), copied(item, memo)) for key, item in value.items())
+        made.update(
+            (copy_rebound(key, memo), copy_rebound(item, memo)) for key, item in value.items()
+        )
         return made
-    return kind(copied(item, memo) for item in value)
+    return kind(copy_rebound(item, memo) for item in value)
 
 
 def _deepcopied(value: Any, memo: Memo) -> Any:
@@ -157,9 +160,9 @@ def _rebuilt(value: Any, memo: Memo, error: Exception) -> Any:
         raise error
     made = _new_of_layout(value, layout, memo)
     for name, item in slots_of(value).items():
-        object.__setattr__(made, name, copied(item, memo))
+        object.__setattr__(made, name, copy_rebound(item, memo))
     for name, item in getattr(value, "__dict__", {}).items():
-        vars(made)[name] = copied(item, memo)
+        vars(made)[name] = copy_rebound(item, memo)
     return made
 
 
@@ -167,14 +170,17 @@ def _new_of_layout(value: Any, layout: Any, memo: Memo) -> Any:
     """Create an object of the same class, with copies of what the built-in class holds in it."""
     kind = type(value)
     if layout in (tuple, frozenset):
-        items = [copied(item, memo) for item in layout.__iter__(value)]
+        items = [copy_rebound(item, memo) for item in layout.__iter__(value)]
         return to_memo(memo, value, layout.__new__(kind, items))
     made = to_memo(memo, value, layout.__new__(kind))
     if layout in _MAPPINGS:
-        items = [(copied(key, memo), copied(item, memo)) for key, item in layout.items(value)]
+        items = [
+            (copy_rebound(key, memo), copy_rebound(item, memo))
+            for key, item in layout.items(value)
+        ]
         layout.update(made, dict(items))
     elif layout in _CONTAINERS:
-        layout.__init__(made, [copied(item, memo) for item in layout.__iter__(value)])
+        layout.__init__(made, [copy_rebound(item, memo) for item in layout.__iter__(value)])
     return made
 
 
@@ -230,7 +236,7 @@ HOOKS_CALLED = (
 """Names of the attributes that say how hooks are called, by the same numbers."""
 
 
-def hooks_apart(hooks: dict[int, Any], memo: Memo) -> dict[int, Any]:
+def copy_hooks(hooks: dict[int, Any], memo: Memo) -> dict[int, Any]:
     """Copy hooks so that they collect into lists, dicts and objects of their own.
 
     A trial run then changes nothing of the user's.
@@ -251,7 +257,9 @@ def _hook_apart(hook: Any, memo: Memo) -> Any:
         _copied_apart(container, memo)
     if type(hook) is types.MethodType:
         return types.MethodType(hook.__func__, _copied_apart(hook.__self__, memo))
-    return copied(hook, memo) if type(hook) is types.FunctionType else _copied_apart(hook, memo)
+    return (
+        copy_rebound(hook, memo) if type(hook) is types.FunctionType else _copied_apart(hook, memo)
+    )
 
 
 def _copied_apart(value: Any, memo: Memo) -> Any:
@@ -280,7 +288,7 @@ def _copied_apart(value: Any, memo: Memo) -> Any:
     return value
 
 
-def hooks_of(hooks: dict[int, Any], memo: Memo) -> dict[int, Any]:
+def rebind_hooks(hooks: dict[int, Any], memo: Memo) -> dict[int, Any]:
     """Rebind hooks to the modules in ``memo``; what they collect into stays the same.
 
     The lists, dicts and sets that a hook holds are shared with the original.
@@ -306,7 +314,7 @@ def _collections(function: Any) -> list[Any]:
 
 def _rebound(value: Any, memo: Memo) -> Any:
     """Copy a value if it refers to replaced objects; return the same object otherwise."""
-    return copied(value, memo) if _refers(value, memo) else value
+    return copy_rebound(value, memo) if _refers(value, memo) else value
 
 
 def _copied_function(function: types.FunctionType, memo: Memo) -> types.FunctionType:
@@ -320,7 +328,7 @@ def _copied_function(function: types.FunctionType, memo: Memo) -> types.Function
         function.__code__, names, function.__name__, function.__defaults__, closure
     )
     to_memo(memo, function, made)  # first, because its cells may refer to it
-    names |= {name: copied(value, memo) for name, value in replaced.items()}
+    names |= {name: copy_rebound(value, memo) for name, value in replaced.items()}
     made.__module__ = function.__module__
     made.__dict__.update(function.__dict__)
     made.__qualname__ = function.__qualname__

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from fxprune.common.dispatch import holds_tensors
 from fxprune.errors import ChanceError, TraceError
-from fxprune.trace.aliasing import written
+from fxprune.trace.aliasing import written_arguments
 from fxprune.trace.context_managers import enter, leave
 from fxprune.trace.decisions import (
     depends_on_mode,
@@ -30,7 +30,7 @@ from fxprune.trace.lookups import Lookup, place_of
 from fxprune.trace.numbers import Number
 from fxprune.trace.recorder import Recorder
 from fxprune.trace.sequences import SizeTuple
-from fxprune.trace.user_code import is_ours, user_line
+from fxprune.trace.user_code import is_library_file, user_line
 
 __all__ = ["Guarded"]
 
@@ -91,12 +91,12 @@ class Guarded(Recorder):
             self._guard(number, number.example, what, why)
         self._closed = True
 
-    def is_users(self, filename: str) -> bool:
+    def follows_file(self, filename: str) -> bool:
         """Tell whether the tracer follows code of this file.
 
         It does not while a node runs, in other threads, or in files of torch or fxprune.
         """
-        return not self.executing and self.is_mine() and not is_ours(filename)
+        return not self.executing and self.is_tracing_thread() and not is_library_file(filename)
 
     def begin_region(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Record the start of ``with torch.<kind>(...)`` and return its node."""
@@ -171,13 +171,13 @@ class Guarded(Recorder):
         Lookups by libraries in their own caches do not count.
         """
         frame = sys._getframe(2)  # the caller of the number's __hash__
-        if self._closed or not self.is_users(frame.f_code.co_filename):
+        if self._closed or not self.follows_file(frame.f_code.co_filename):
             return
         if self._reached.trusts(frame.f_globals.get("__name__", "")):
             return
         node = number.fx_node
         node.meta["looked_up"] = True
-        self.lookups.append(Lookup(node, place_of(frame), user_line(), self._reached.made))
+        self.lookups.append(Lookup(node, place_of(frame), user_line(), self._reached.cache_misses))
 
     def note_comparison(self) -> None:
         """Note that a number is compared.
@@ -208,7 +208,7 @@ class Guarded(Recorder):
         write:
             Formats the example's value.
         """
-        if self.executing or self._closed or not self.is_mine():
+        if self.executing or self._closed or not self.is_tracing_thread():
             return write(number.example)
         last_node, count = next(iter(reversed(self.graph.nodes))), len(self.decisions)
         text = write(self.decide(number, type(number.example)))
@@ -256,4 +256,6 @@ class Guarded(Recorder):
 
 def _is_written_attribute(node: fx.Node) -> bool:
     """Tell whether a node reads an attribute of the model that another node writes."""
-    return node.op == "get_attr" and any(node in written(user)[:1] for user in node.users)
+    return node.op == "get_attr" and any(
+        node in written_arguments(user)[:1] for user in node.users
+    )

@@ -22,11 +22,11 @@ from fxprune.common.dispatch import META
 from fxprune.common.hooks import put_in_mode
 from fxprune.common.identity import IdentityMap, Memo, from_memo, in_memo, to_memo
 from fxprune.errors import ModelError, TraceError
-from fxprune.trace.copying import HOOKS, HOOKS_CALLED, copied, hooks_apart
+from fxprune.trace.copying import HOOKS, HOOKS_CALLED, copy_hooks, copy_rebound
 from fxprune.trace.decompose import lower
 from fxprune.trace.reach import Reached
 
-__all__ = ["MetaCopy", "attribute", "copy_of", "meta_copy_of", "put_tensors", "set_mode"]
+__all__ = ["MetaCopy", "copy_attribute", "copy_module", "meta_copy_of", "put_tensors", "set_mode"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MetaCopy:
     modules: IdentityMap[nn.Module, nn.Module] = field(default_factory=IdentityMap)
 
     @contextmanager
-    def holding(self, values: IdentityMap[Tensor, Tensor]) -> Iterator[nn.Module]:
+    def with_tensors(self, values: IdentityMap[Tensor, Tensor]) -> Iterator[nn.Module]:
         """Replace tensors of the copy inside this context.
 
         Parameters
@@ -88,7 +88,7 @@ class MetaCopy:
             for tensor, real in self.real.items():
                 if not in_memo(memo, tensor) and real.grad_fn is None:
                     to_memo(memo, tensor, real.detach().to(device, copy=True))
-        return copy_of(self.model, memo)
+        return copy_module(self.model, memo)
 
     @property
     def device(self) -> torch.device:
@@ -134,7 +134,7 @@ def meta_copy_of(model: nn.Module) -> MetaCopy:
         if not in_memo(memo, tensor):
             real[to_memo(memo, tensor, _copied_attribute(tensor))] = tensor
     try:
-        new_model = copy_of(model, memo)
+        new_model = copy_module(model, memo)
     except TraceError:
         raise
     except Exception as error:  # from a __deepcopy__ of the user
@@ -240,7 +240,7 @@ _UNCOPIED = frozenset(
 _STORE_KINDS = frozenset({dict, collections.OrderedDict, set})
 
 
-def copy_of(module: nn.Module, memo: Memo) -> nn.Module:
+def copy_module(module: nn.Module, memo: Memo) -> nn.Module:
     """Copy a module tree like ``copy.deepcopy``, but several times faster.
 
     Most attributes are numbers, which need no copy. All modules are created before their
@@ -266,7 +266,7 @@ def copy_of(module: nn.Module, memo: Memo) -> nn.Module:
         new = from_memo(memo, shell)
         for name, value in vars(shell).items():
             try:
-                new.__dict__[name] = attribute(name, value, memo)
+                new.__dict__[name] = copy_attribute(name, value, memo)
             except Exception as error:  # the attribute's class may raise any error
                 paths = (path for path, below in module.named_modules() if below is shell)
                 path = f"{next(paths, '')}.{name}".lstrip(".")
@@ -285,11 +285,11 @@ def _complete(new: nn.Module, old: nn.Module, memo: Memo) -> None:
     attributes of the user, as that of ``torch.fx.GraphModule`` does.
     """
     source, target = vars(old), vars(new)
-    target.update({name: hooks_apart(source[name], memo) for name in HOOKS if source[name]})
+    target.update({name: copy_hooks(source[name], memo) for name in HOOKS if source[name]})
     target.update({name: source[name].copy() for name in HOOKS_CALLED if source.get(name)})
     for name, value in source.items():
         if name not in target:
-            target[name] = attribute(name, value, memo)
+            target[name] = copy_attribute(name, value, memo)
 
 
 def _uncopied(model: str, path: str, value: Any, error: Exception) -> str:
@@ -318,7 +318,7 @@ def _make_shells(
         return
     if hasattr(type(module), "__deepcopy__"):
         for child in module.children():
-            copy_of(child, memo)
+            copy_module(child, memo)
         to_memo(memo, module, copy.deepcopy(module, memo))
         whole.append(module)
         return
@@ -335,7 +335,7 @@ def _make_shells(
             _make_shells(child, memo, shells, whole)
 
 
-def attribute(name: str, value: Any, memo: Memo) -> Any:
+def copy_attribute(name: str, value: Any, memo: Memo) -> Any:
     """Copy an attribute of a module.
 
     Parameters
@@ -357,4 +357,4 @@ def attribute(name: str, value: Any, memo: Memo) -> Any:
     if kind is dict and name in ("_parameters", "_buffers", "_modules"):
         entries = value.items()
         return {key: item if item is None else from_memo(memo, item) for key, item in entries}
-    return hooks_apart(value, memo) if name in HOOKS else copied(value, memo)
+    return copy_hooks(value, memo) if name in HOOKS else copy_rebound(value, memo)

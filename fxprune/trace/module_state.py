@@ -19,17 +19,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.common.dispatch import holds_tensors
 from fxprune.ops import Trait, has
-from fxprune.trace.aliasing import is_again, name_of, node_of
+from fxprune.trace.aliasing import computes_call, name_of, node_of
 
 __all__ = [
     "AttributeChange",
     "Attributes",
-    "assigned",
-    "carried",
+    "apply_changes",
+    "changes_to_next_call",
     "first_difference",
     "follows_inputs",
-    "keep",
     "same_graph",
+    "traced_paths",
     "values_read",
 ]
 
@@ -70,7 +70,7 @@ class AttributeChange:
 
         False for a buffer that ``self.count += 1`` has written into.
         """
-        return not is_again(node_of(self.after), self.path)
+        return not computes_call(node_of(self.after), self.path)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -214,12 +214,12 @@ def _refill(container: Any, contents: Any) -> None:
     container.extend(contents) if type(container) is list else container.update(contents)
 
 
-def assigned(changes: Iterable[AttributeChange]) -> set[str]:
+def traced_paths(changes: Iterable[AttributeChange]) -> set[str]:
     """Return the paths of attributes that were set to traced values."""
     return {change.path for change in changes if change.rebound and change.nodes}
 
 
-def carried(changes: Iterable[AttributeChange]) -> list[AttributeChange]:
+def changes_to_next_call(changes: Iterable[AttributeChange]) -> list[AttributeChange]:
     """Return the changes that may make the next call another one.
 
     These are values that depend on the values of inputs, and values that Python has computed.
@@ -257,7 +257,7 @@ def follows_inputs(node: fx.Node) -> bool:
     return False
 
 
-def keep(changes: Iterable[AttributeChange]) -> None:
+def apply_changes(changes: Iterable[AttributeChange]) -> None:
     """Set changed attributes on the modules for a further call, with traced values replaced."""
     for change in changes:
         if change.after is _MISSING:

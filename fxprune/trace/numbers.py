@@ -11,7 +11,7 @@ from torch import fx
 
 from fxprune.errors import TraceError
 from fxprune.trace.decisions import formula
-from fxprune.trace.user_code import asker, user_line
+from fxprune.trace.user_code import calling_function, user_line
 
 if TYPE_CHECKING:
     from fxprune.trace.tracer import Tracer
@@ -84,7 +84,7 @@ class _SymNode:
         )
         if function is None:
             raise TraceError(
-                f"{asker()} reads the number {formula(self.number.fx_node)} in C++ (at "
+                f"{calling_function()} reads the number {formula(self.number.fx_node)} in C++ (at "
                 f"{user_line()}), which a graph cannot follow. Keep that line inside a module of "
                 "its own."
             )

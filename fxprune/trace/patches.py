@@ -23,16 +23,16 @@ from torch.utils import checkpoint
 from fxprune.common.process_lock import PROCESS_LOCK
 from fxprune.errors import TraceError
 from fxprune.trace.context_managers import recorded
-from fxprune.trace.scripted import applications_followed, scripts_followed
+from fxprune.trace.scripted import record_autograd_functions, record_scripts
 from fxprune.trace.tensors import find_traced
 from fxprune.trace.tracer import Tracer, is_leaf
 from fxprune.trace.user_code import user_line
 
-__all__ = ["plain_attention", "slow_path", "taken_over"]
+__all__ = ["plain_attention", "torch_patched", "without_fast_path"]
 
 
 @contextmanager
-def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
+def torch_patched(tracer: Tracer, root: nn.Module) -> Iterator[None]:
     """Install all replacements of this module for one trace.
 
     Parameters
@@ -47,12 +47,12 @@ def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
         # list would hold the replacements, and with them the tracer and the model, for ever.
         is_tensor_method_or_property(torch.Tensor.add)
         stack.enter_context(plain_attention())
-        stack.enter_context(slow_path())
+        stack.enter_context(without_fast_path())
         stack.enter_context(_followed_leaf_functions(tracer))
-        stack.enter_context(applications_followed(tracer))
-        stack.enter_context(scripts_followed(tracer))
+        stack.enter_context(record_autograd_functions(tracer))
+        stack.enter_context(record_scripts(tracer))
         stack.enter_context(_answering_modules(root, tracer))
-        stack.enter_context(recorded(tracer.begin_region, tracer.end_region, tracer.is_users))
+        stack.enter_context(recorded(tracer.begin_region, tracer.end_region, tracer.follows_file))
         stack.enter_context(_refuse_states(tracer))
         stack.enter_context(_refuse_gradients(tracer))
         stack.enter_context(_recorded_broadcast_shapes(tracer))
@@ -61,7 +61,7 @@ def taken_over(tracer: Tracer, root: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def slow_path() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """Keep torch.nn's fused inference paths out of the graph.
 
     They exist for one mode only and hide widths.
@@ -111,7 +111,7 @@ def _if_traced(
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         """Call the replacement or the original."""
-        if tracer.is_mine() and find_traced((args, kwargs)) is not None:
+        if tracer.is_tracing_thread() and find_traced((args, kwargs)) is not None:
             return replacement(original, args, kwargs)
         return original(*args, **kwargs)
 
@@ -203,7 +203,7 @@ def _refuse_gradients(tracer: Tracer) -> Iterator[None]:
     @functools.wraps(run)
     def backward(*args: Any, **kwargs: Any) -> Any:
         """Run the backward pass, or refuse it while the tracer executes an operation."""
-        if tracer.executing and tracer.is_mine():
+        if tracer.executing and tracer.is_tracing_thread():
             raise TraceError(text.format(user_line()))
         return run(*args, **kwargs)
 
@@ -224,7 +224,7 @@ def _refused_to_user(
     @functools.wraps(function)
     def ask(*args: Any, **kwargs: Any) -> Any:
         """Call the function, or raise the error."""
-        if tracer.is_users(sys._getframe(1).f_code.co_filename):
+        if tracer.follows_file(sys._getframe(1).f_code.co_filename):
             raise TraceError(text.format(user_line()))
         return function(*args, **kwargs)
 
@@ -281,7 +281,7 @@ def _make_traced_class(kind: type) -> type:
         tracer = module.__dict__.get(_TRACER)
         if not isinstance(value, Tensor) or tracer is None or tracer.executing:
             return value
-        return tracer.known(value)
+        return tracer.stand_in_if_known(value)
 
     members = {
         _TRAINING: property(_read_mode, _write_mode),
@@ -299,7 +299,7 @@ def _call_module(tracer: Tracer, module: nn.Module, *args: Any, **kwargs: Any) -
     """
     if tracer.executing or not is_leaf(module):
         return module._call_impl(*args, **kwargs)
-    if tracer.is_as_given(module):
+    if tracer.is_unchanged_leaf(module):
         return tracer.call_module(module, args, kwargs)
     with _answering(module, tracer):
         return module._call_impl(*args, **kwargs)

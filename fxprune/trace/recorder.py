@@ -19,7 +19,7 @@ from fxprune.common.contents import leaves, tensors_of
 from fxprune.common.dispatch import holds_tensors
 from fxprune.common.identity import IdentityMap, IdentitySet
 from fxprune.errors import ChanceError, FxpruneError, InputError, TraceError
-from fxprune.trace.aliasing import Snapshot, written
+from fxprune.trace.aliasing import Snapshot, written_arguments
 from fxprune.trace.asks import device_question_message
 from fxprune.trace.constants import (
     CONSTANTS,
@@ -140,7 +140,7 @@ class Recorder:
         """Return a stand-in for a node's value (see :func:`fxprune.trace.values.stand_in`)."""
         return stand_in(node, cast("Tracer", self))
 
-    def known(self, value: Any) -> Any:
+    def stand_in_if_known(self, value: Any) -> Any:
         """Return the stand-in for a tensor that the graph knows; any other value as it is.
 
         The graph knows the model's parameters and buffers, and the values of its nodes.
@@ -165,7 +165,7 @@ class Recorder:
         ------
         ElsewhereError
         """
-        if not self.is_mine():
+        if not self.is_tracing_thread():
             self.other_thread_error = self.other_thread_error or ElsewhereError.at(self.thread)
             raise self.other_thread_error
 
@@ -317,7 +317,7 @@ class Recorder:
         It is a parameter or buffer of the model, the value of a node, or a constant. A constant
         without a name is added to the root as an attribute.
         """
-        known = self.known(a)
+        known = self.stand_in_if_known(a)
         if known is not a:
             return cast(fx.Node, known.fx_node)
         if torch._C._functorch.is_functorch_wrapped_tensor(a):
@@ -355,7 +355,7 @@ class Recorder:
 
     def _refuse_to_write_into_constants(self, node: fx.Node) -> None:
         """Refuse a node that writes into a tensor that forward made without any input."""
-        values = [place.meta["val"] for place in written(node)]
+        values = [place.meta["val"] for place in written_arguments(node)]
         tensors = [value for value in values if isinstance(value, Tensor)]
         if any(map(self.made_constants.shares_memory_with, tensors)):
             raise TraceError(
@@ -459,7 +459,7 @@ class Recorder:
         node.meta["mode"] = True
         return self.stand_in(node)
 
-    def is_mine(self) -> bool:
+    def is_tracing_thread(self) -> bool:
         """Tell whether the current thread is the tracing one."""
         return threading.get_ident() == self.thread
 

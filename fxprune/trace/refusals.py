@@ -16,11 +16,11 @@ from fxprune.trace.meta_copy import (
 from fxprune.trace.module_state import (
     AttributeChange,
     Attributes,
-    carried,
+    changes_to_next_call,
     follows_inputs,
     same_graph,
 )
-from fxprune.trace.reach import AGAIN, Reach
+from fxprune.trace.reach import REPEATED_CALLS, Reach
 from fxprune.trace.traced import DRAWS, Trace
 from fxprune.trace.tracer import Tracer
 
@@ -140,7 +140,7 @@ def _is_second_call_same(first: Trace) -> bool:
         second, made = trace_call(tracer, meta_copy)
         if not same_graph(first.graph, second.graph, first.constants, second.constants):
             return False
-        changes = carried(attributes.changes(made))
+        changes = changes_to_next_call(attributes.changes(made))
         return all(holds_tensors(change.after) for change in changes)
     except FxpruneError:
         return False
@@ -168,7 +168,7 @@ def refuse_chance(first: Trace, reach: Reach) -> None:
         reach.put_back()
         raise ChanceError(DRAWS.format(type(meta_copy.model).__name__, "a generator of its own"))
     reach.put_back()
-    for _ in range(AGAIN):
+    for _ in range(REPEATED_CALLS):
         if not reach.may_differ:
             break  # the call asked nothing outside of Python and left nothing behind
         reach = Reach(meta_copy.model)

@@ -16,11 +16,11 @@ from fxprune.trace.tensors import find_traced
 from fxprune.trace.tracer import Tracer
 from fxprune.trace.user_code import user_line
 
-__all__ = ["applications_followed", "scripts_followed"]
+__all__ = ["record_autograd_functions", "record_scripts"]
 
 
 @contextmanager
-def applications_followed(tracer: Tracer) -> Iterator[None]:
+def record_autograd_functions(tracer: Tracer) -> Iterator[None]:
     """Record applications of ``torch.autograd.Function`` classes as nodes, inside this context.
 
     The classes' ``forward`` is replaced, because every ``apply`` reads it, also from C++.
@@ -31,7 +31,7 @@ def applications_followed(tracer: Tracer) -> Iterator[None]:
 
     def init(kind: Any, *args: Any) -> None:
         original_init(kind, *args)
-        if "forward" in kind.__dict__ and tracer.is_mine():
+        if "forward" in kind.__dict__ and tracer.is_tracing_thread():
             replaced.append((kind, kind.__dict__["forward"]))
             kind.forward = staticmethod(_refusing_forward(kind, kind.forward, tracer))
 
@@ -72,7 +72,7 @@ def _refusing_forward(
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if tracer.is_mine() and find_traced((args, kwargs)) is not None:
+        if tracer.is_tracing_thread() and find_traced((args, kwargs)) is not None:
             raise TraceError(
                 f"forward applies {kind.__name__} (at {user_line()}), a function with gradients "
                 "of its own that is made while forward runs, as torch.vmap makes them: a graph "
@@ -122,7 +122,11 @@ def _recording_forward(kind: type) -> Callable[..., Any]:
         # another thread may call just after the trace has ended
         forward = _originals.get(kind) or kind.forward
         innermost = _tracing[-1:]
-        if not innermost or not innermost[0].is_mine() or find_traced((args, kwargs)) is None:
+        if (
+            not innermost
+            or not innermost[0].is_tracing_thread()
+            or find_traced((args, kwargs)) is None
+        ):
             return forward(*args, **kwargs)
         # a checkpoint only changes what is kept for the backward pass
         if kind.__module__ == checkpoint.__name__:
@@ -155,7 +159,7 @@ def _application(kind: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def scripts_followed(tracer: Tracer) -> Iterator[None]:
+def record_scripts(tracer: Tracer) -> Iterator[None]:
     """Send calls of scripted functions and methods to the tracer, inside this context.
 
     The tracer reads their code.
@@ -176,7 +180,7 @@ def _scripted_call(original: Callable[..., Any], tracer: Tracer) -> Callable[...
 
     def call(script: Any, *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(original, script, *args, **kwargs)
-        if not tracer.is_mine() or tracer.executing:
+        if not tracer.is_tracing_thread() or tracer.executing:
             return run()
         return tracer.call_script(run, script.inlined_graph, (args, kwargs))
 

@@ -27,7 +27,7 @@ from fxprune.common.dispatch import META, holds_tensors
 from fxprune.common.hooks import has_replaced_forward, is_hooked
 from fxprune.common.identity import IdentitySet
 from fxprune.errors import TraceError
-from fxprune.trace.aliasing import is_again
+from fxprune.trace.aliasing import computes_call
 from fxprune.trace.arguments import check_keywords, omitted_integers, parameter_names
 from fxprune.trace.asks import PARAMETER_ANSWERS, UNANSWERABLE, question_message
 from fxprune.trace.below import BelowPython
@@ -177,7 +177,10 @@ class Tracer(BelowPython):
         if self.in_transform():
             return self.call_in_transform(func, args, kwargs)
         if find_traced((args, kwargs)) is None:
-            args, kwargs = map_leaves(self.known, args), map_leaves(self.known, kwargs)
+            args, kwargs = (
+                map_leaves(self.stand_in_if_known, args),
+                map_leaves(self.stand_in_if_known, kwargs),
+            )
             if find_traced((args, kwargs)) is None:
                 return self._call_without_inputs(func, args, kwargs)
         return self.on_function(func, args, kwargs)
@@ -214,7 +217,7 @@ class Tracer(BelowPython):
 
     def on_function(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Handle a call of a torch function, method or property with a traced argument."""
-        if self.executing and self.is_mine():
+        if self.executing and self.is_tracing_thread():
             args, kwargs = self._with_examples((args, kwargs))
             return func(*args, **kwargs)
         self.refuse_other_threads()
@@ -222,7 +225,9 @@ class Tracer(BelowPython):
             return self.call_in_transform(func, args, kwargs)
         self._refuse_modes()
         return self._record_function(
-            func, map_leaves(self.known, args), map_leaves(self.known, kwargs)
+            func,
+            map_leaves(self.stand_in_if_known, args),
+            map_leaves(self.stand_in_if_known, kwargs),
         )
 
     def is_overridden(self) -> bool:
@@ -299,7 +304,7 @@ class Tracer(BelowPython):
     def _set_attribute(self, tensor: Any, name: str, value: Any) -> None:
         """Refuse to set a tensor's attribute, except to itself, as ``x.data += 1`` does."""
         value_node, tensor_node = getattr(value, "fx_node", None), getattr(tensor, "fx_node", None)
-        if not is_again(value_node, getattr, tensor_node, name):
+        if not computes_call(value_node, getattr, tensor_node, name):
             raise TraceError(
                 f"{name!r} of a tensor is set (at {user_line()}), which a graph cannot do. Write "
                 "into the tensor instead, with copy_() or another operation in place."
@@ -331,7 +336,7 @@ class Tracer(BelowPython):
         """Record a call of a leaf module."""
         return self.record("call_module", self._paths[module], args, kwargs)
 
-    def is_as_given(self, module: nn.Module) -> bool:
+    def is_unchanged_leaf(self, module: nn.Module) -> bool:
         """Tell whether a leaf module can be recorded as one node.
 
         That is so if it only holds tensors that the model had before the trace, and if no

@@ -19,10 +19,10 @@ from fxprune.errors import TraceError
 __all__ = [
     "UNKNOWN",
     "ElsewhereError",
-    "asker",
+    "calling_function",
     "following",
-    "is_ours",
-    "takes_functions",
+    "higher_order_message",
+    "is_library_file",
     "user_frames",
     "user_line",
 ]
@@ -110,7 +110,7 @@ def user_line(stack: Any = None) -> str:
     return of_torch or UNKNOWN
 
 
-def asker() -> str:
+def calling_function() -> str:
     """Return who runs the present operation.
 
     Either ``"forward"``, or the function or module of torch that a line of forward calls.
@@ -119,20 +119,20 @@ def asker() -> str:
     while (
         frame is not None
         and frame is not _followed.entry
-        and (is_ours(frame.f_code.co_filename) or found == "forward")
+        and (is_library_file(frame.f_code.co_filename) or found == "forward")
     ):
         filename, name = frame.f_code.co_filename, frame.f_code.co_name
         if filename.startswith(_TORCH) and filename != _CALL_FILE and not name.startswith("<"):
             module = frame.f_locals.get("self")
             is_module = isinstance(module, torch.nn.Module)
             found = f"torch's {type(module).__name__ if is_module else name.strip('_')}"
-        elif not is_ours(filename):
+        elif not is_library_file(filename):
             break
         frame = frame.f_back  # type: ignore[assignment]
     return found
 
 
-def takes_functions(error: BaseException) -> str:
+def higher_order_message(error: BaseException) -> str:
     """Return the message for an error of a torch operation that takes functions.
 
     Such an operation cannot be looked into. Empty for other errors.
@@ -158,7 +158,7 @@ def user_frames() -> tuple[tuple[str, int], ...]:
     frame, found = sys._getframe(1), []
     while frame is not None and frame is not _followed.entry:
         filename = frame.f_code.co_filename
-        if not is_ours(filename):
+        if not is_library_file(filename):
             name = frame.f_code.co_name if filename.startswith("<") else filename
             found.append((name, frame.f_lineno))
         frame = frame.f_back  # type: ignore[assignment]
@@ -175,7 +175,7 @@ _TORCH = f"{Path(torch.__file__).parent}/"
 _CALL_FILE = torch.nn.Module.__call__.__code__.co_filename  # each call of a module goes through it
 
 
-def is_ours(filename: str) -> bool:
+def is_library_file(filename: str) -> bool:
     """Tell whether a file belongs to fxprune or to torch."""
     return filename.startswith((_PACKAGE_FOLDER, _TORCH))
 
@@ -185,7 +185,7 @@ def _is_internal(filename: str) -> bool:
     """Tell whether a file is not the user's: generated, of torch, fxprune or Python's helpers."""
     return (
         filename.startswith("<")
-        or is_ours(filename)
+        or is_library_file(filename)
         or "/contextlib.py" in filename
         or "/unittest/" in filename
     )

@@ -27,9 +27,9 @@ from fxprune.trace.meta_copy import (
 )
 from fxprune.trace.module_state import (
     Attributes,
-    assigned,
-    carried,
-    keep,
+    apply_changes,
+    changes_to_next_call,
+    traced_paths,
 )
 from fxprune.trace.reach import Reach
 from fxprune.trace.refusals import (
@@ -160,17 +160,17 @@ def _refuse_effects(
     refuse_checkpoints(tracer, meta_copy)
     refuse_hooks(meta_copy.model, below=True)
     changes = [*attributes.changes(made)]
-    refuse_memory(result.graph, assigned(changes), meta_copy.model)
-    state = carried(changes)
+    refuse_memory(result.graph, traced_paths(changes), meta_copy.model)
+    state = changes_to_next_call(changes)
     if state:
         attributes.restore(made)
-        keep(state)
-        meta_copy.reached.begin_anew()
+        apply_changes(state)
+        meta_copy.reached.search_again()
         refuse_state(result, state)
         result.not_set = tuple(change.path for change in state if change.nodes)
     attributes.restore(made)
     if state:
-        meta_copy.reached.begin_anew()
+        meta_copy.reached.search_again()
 
 
 def _guard_lookups(tracer: Tracer, first: Trace) -> None:

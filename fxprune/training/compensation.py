@@ -32,7 +32,7 @@ from fxprune.coupling import Coupling
 from fxprune.errors import ArgumentError
 from fxprune.inputs import Call
 from fxprune.rewrite import Survivors
-from fxprune.trace.aliasing import Undone
+from fxprune.trace.aliasing import UndoWrites
 from fxprune.training.consumers import channel_dim, check_fits, consumers_of, follower_of
 
 __all__ = ["Compensation", "fold_constants", "reconstruct"]
@@ -393,7 +393,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
     Every module then has its former mode, and every tensor its former values.
     """
-    with Undone(named_tensors(model)).afterwards(), evaluation_mode(model):
+    with UndoWrites(named_tensors(model)).undoing(), evaluation_mode(model):
         yield
 
 

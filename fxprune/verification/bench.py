@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import VerificationError
 from fxprune.inputs import Call
-from fxprune.trace.reach import AGAIN, watching_draws
+from fxprune.trace.reach import REPEATED_CALLS, watching_draws
 from fxprune.verification.comparing import difference
 from fxprune.verification.modes import (
     MismatchError,
@@ -210,7 +210,7 @@ class Bench(Runs):
 
     def _varies(self, copy_model: Callable[[], nn.Module], call: Call) -> bool:
         first: list[Any] | None = None
-        for _ in range(AGAIN + 1):
+        for _ in range(REPEATED_CALLS + 1):
             (args, kwargs), model = clone(call), copy_model()
             try:
                 with self._running(model, torch.no_grad()):

@@ -13,7 +13,7 @@ from fxprune.common.contents import named_tensors
 from fxprune.common.identity import Memo, from_memo, in_memo, to_memo
 from fxprune.coupling import Coupling
 from fxprune.rewrite import Survivors, sharing_graphs
-from fxprune.trace import copy_of
+from fxprune.trace import copy_module
 
 __all__ = ["copy_original", "copy_pruned", "cut", "mask", "plain_copy"]
 
@@ -75,7 +75,7 @@ def copy_original(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.d
     for name, tensor in named_tensors(model).items():
         _copy_as(memo, tensor, values[name])
     with _TensorCopies(lambda tensor: _copy_in(tensor, dtype)):
-        return copy_of(model, memo)
+        return copy_module(model, memo)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -87,7 +87,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
             copied = nn.Parameter(copied, tensor.requires_grad)
         to_memo(memo, tensor, copied)
     with _TensorCopies(lambda tensor: tensor.detach().clone()):
-        return copy_of(model, memo)
+        return copy_module(model, memo)
 
 
 def copy_pruned(pruned: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
@@ -107,7 +107,7 @@ def copy_pruned(pruned: nn.Module, values: Mapping[str, Tensor], dtype: torch.dt
     for name, tensor in named_tensors(pruned).items():
         _copy_as(memo, tensor, values[name] if name in values else _copy_in(tensor, dtype))
     with _TensorCopies(lambda tensor: _copy_in(tensor, dtype)):
-        return copy_of(pruned, memo)
+        return copy_module(pruned, memo)
 
 
 def _copy_as(memo: Memo, tensor: Tensor, value: Tensor) -> None:

@@ -96,7 +96,7 @@ class GraphRun:
         inputs, env = iter([*args, *kwargs.values()]), {}
         try:
             put_in_mode(meta_copy, self.training)
-            with trace.meta_copy.holding(self.values), torch.no_grad():
+            with trace.meta_copy.with_tensors(self.values), torch.no_grad():
                 for node in trace.graph.nodes:
                     if node.op == "placeholder":
                         env[node] = clone(next(inputs))

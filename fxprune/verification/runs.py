@@ -18,7 +18,7 @@ from fxprune.coupling.parts import intercepted
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.inputs import Call
 from fxprune.rewrite import Survivors
-from fxprune.trace.aliasing import Undone
+from fxprune.trace.aliasing import UndoWrites
 from fxprune.trace.reach import Reached, restoring_draws
 from fxprune.verification.comparing import dense, form
 from fxprune.verification.copies import copy_original, copy_pruned, cut, mask
@@ -230,9 +230,9 @@ class Runs:
 
         The parameters share their memory with those of other runs.
         """
-        undone = Undone(named_tensors(model))
+        undone = UndoWrites(named_tensors(model))
         try:
-            with undone.afterwards():
+            with undone.undoing():
                 yield
         finally:
             self.written |= undone.written

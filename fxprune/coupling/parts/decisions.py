@@ -30,8 +30,8 @@ from fxprune.coupling.parts.calls import in_one_thread
 from fxprune.inputs import Call, copied_to
 from fxprune.ops import Trait, has
 from fxprune.trace import following, user_line
-from fxprune.trace.aliasing import Undone
-from fxprune.trace.user_code import is_ours
+from fxprune.trace.aliasing import UndoWrites
+from fxprune.trace.user_code import is_library_file
 
 __all__ = [
     "WHOLE",
@@ -194,9 +194,9 @@ def followed(
     weights = [*model.parameters(), *model.buffers()]
     inputs = tensors_of((args, kwargs))
     decisions = Decisions(weights, inputs, answers)
-    undone = Undone(dict(model.named_parameters()))
+    undone = UndoWrites(dict(model.named_parameters()))
     with (
-        undone.afterwards(),
+        undone.undoing(),
         in_one_thread(),
         torch.inference_mode(),
         following(),
@@ -314,4 +314,4 @@ def is_raised(trace: TracebackType | None, line: str) -> bool:
     code = trace.tb_frame.f_code
     failed = [each for each in dis.get_instructions(code) if each.offset == trace.tb_lasti]
     is_raise = any(each.opname == "RAISE_VARARGS" for each in failed)
-    return is_raise and (not is_ours(code.co_filename) or user_line(frames) == line)
+    return is_raise and (not is_library_file(code.co_filename) or user_line(frames) == line)

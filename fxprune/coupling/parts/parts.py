@@ -26,7 +26,7 @@ from fxprune.coupling.parts.width import Width
 from fxprune.labels import Array
 from fxprune.ops import Context, Record
 from fxprune.trace import MetaCopy, Trace, trace
-from fxprune.trace.aliasing import Undone
+from fxprune.trace.aliasing import UndoWrites
 from fxprune.trace.tensors import map_leaves
 
 __all__ = ["Parts"]
@@ -152,7 +152,7 @@ class Parts:
         """Run the model on one route under labels, and return its result."""
         real, mode = self.meta_copy.instance(), RealMode(self.context)
         self._share_labels(real, mode)
-        undone = Undone(dict(real.named_parameters()))
+        undone = UndoWrites(dict(real.named_parameters()))
 
         def part(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
             if not path:
@@ -166,7 +166,7 @@ class Parts:
             self._carry_outputs(mode, out, traced)
             return out
 
-        with undone.afterwards(), intercepted(real, {*parts, ""}, part):
+        with undone.undoing(), intercepted(real, {*parts, ""}, part):
             out = run_route(real, args, kwargs, route, SizeReader(mode), mode)[0]
         for leaf in leaves(out):
             _as_number(leaf)
@@ -328,7 +328,7 @@ class Parts:
         return made
 
 
-def _call_unseen(call: Callable[[], Any], mode: RealMode, undone: Undone) -> Any:
+def _call_unseen(call: Callable[[], Any], mode: RealMode, undone: UndoWrites) -> Any:
     """Call a part on data, seen by no mode but the one that notes what is written."""
     with (
         _disable_current_modes(),

@@ -27,7 +27,7 @@ from fxprune.common.contents import leaves_of, tensors_of
 from fxprune.common.identity import IdentityMap
 from fxprune.ops import Trait, has
 from fxprune.trace.tensors import map_leaves
-from fxprune.trace.user_code import is_ours, user_frames, user_line
+from fxprune.trace.user_code import is_library_file, user_frames, user_line
 
 __all__ = ["PART", "CodePlace", "Questions", "plain_sizes"]
 
@@ -226,7 +226,7 @@ class _FromSizes:
         frame = sys._getframe(1)
         return (
             bool(number)
-            if is_ours(frame.f_code.co_filename)
+            if is_library_file(frame.f_code.co_filename)
             else self.questions.answer(bool(number), number, "ne", 0, frame)
         )
 
@@ -293,7 +293,7 @@ def _comparison(kind: Any, sign: str) -> Callable[..., Any]:
         answer, frame = plain(number, given), sys._getframe(1)
         if answer is NotImplemented and isinstance(given, float):
             answer = getattr(float(number), name)(given)
-        if answer is NotImplemented or is_ours(frame.f_code.co_filename):
+        if answer is NotImplemented or is_library_file(frame.f_code.co_filename):
             return answer
         if dis.opname[frame.f_code.co_code[frame.f_lasti]] not in _BRANCHES:
             return answer

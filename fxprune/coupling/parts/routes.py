@@ -25,7 +25,7 @@ from fxprune.inputs import Call
 from fxprune.ops import Trait, has, name_of_op
 from fxprune.trace import MetaCopy
 from fxprune.trace.module_state import AttributeChange, Attributes
-from fxprune.trace.reach import AGAIN, Reach, same, watching_draws
+from fxprune.trace.reach import REPEATED_CALLS, Reach, have_same_value, watching_draws
 
 __all__ = ["Route", "Routes", "add_ways", "routes_of", "run_route"]
 
@@ -173,7 +173,7 @@ class _Repeated:
     def differs_by(self, route: Route) -> str:
         """Return the reason why runs on a route differ; empty if they do not."""
         first = None
-        for _ in range(1 + AGAIN):
+        for _ in range(1 + REPEATED_CALLS):
             attributes = Attributes(self._model)
             try:
                 with self.reach.watching():
@@ -210,7 +210,7 @@ class _Repeated:
 def _is_another(change: AttributeChange) -> bool:
     """Tell whether an attribute's value has changed, rather than been replaced by an equal one."""
     before = change.before if change.contents is None else change.contents
-    return not same(before, change.after)
+    return not have_same_value(before, change.after)
 
 
 def _explored(meta_copy: MetaCopy, args: Any, kwargs: Any) -> Routes:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxprune.coupling.parts.calls import intercepted
-from fxprune.trace.user_code import is_ours
+from fxprune.trace.user_code import is_library_file
 
 __all__ = ["is_straight"]
 
@@ -112,7 +112,9 @@ def _is_of_model(frame: FrameType) -> bool:
     """
     code = frame.f_code
     file = code.co_filename
-    if is_ours(file) or (file.startswith(_STANDARD_LIBRARY) and not file.startswith(_PACKAGES)):
+    if is_library_file(file) or (
+        file.startswith(_STANDARD_LIBRARY) and not file.startswith(_PACKAGES)
+    ):
         return False
     if "torch" in frame.f_globals or code.co_freevars:
         return True

@@ -14,9 +14,9 @@ from fxprune.common.contents import tensors_of
 from fxprune.coupling.parts.calls import in_one_thread, intercepted, paths_with_parameters
 from fxprune.errors import FxpruneError, InputError, ModelError, TraceError
 from fxprune.inputs import Call, copied_to, fill_meta, randomised, storable_values
-from fxprune.trace import MetaCopy, set_mode, slow_path, user_line
-from fxprune.trace.aliasing import Undone
-from fxprune.trace.user_code import UNKNOWN, ElsewhereError, takes_functions
+from fxprune.trace import MetaCopy, set_mode, user_line, without_fast_path
+from fxprune.trace.aliasing import UndoWrites
+from fxprune.trace.user_code import UNKNOWN, ElsewhereError, higher_order_message
 
 __all__ = ["find_runnable"]
 
@@ -88,12 +88,12 @@ def _modules_called(meta_copy: MetaCopy, call: Call, paths: set[str]) -> set[str
         return NotImplemented
 
     args, kwargs = copied_to(call, meta_copy.device)
-    undone = Undone(dict(model.named_parameters()))
+    undone = UndoWrites(dict(model.named_parameters()))
     with (
-        undone.afterwards(),
+        undone.undoing(),
         in_one_thread(),
         torch.no_grad(),
-        slow_path(),
+        without_fast_path(),
         intercepted(model, paths, note),
     ):
         model(*args, **kwargs)
@@ -104,8 +104,8 @@ def _error_for_user(meta_copy: MetaCopy, error: Exception, refused: Exception) -
     """Return the exception that tells the user why the model fails on the example."""
     if isinstance(error, FxpruneError):
         return error
-    if takes_functions(error):
-        return TraceError(takes_functions(error))
+    if higher_order_message(error):
+        return TraceError(higher_order_message(error))
     where = user_line(traceback.extract_tb(error.__traceback__))
     if isinstance(refused, InputError) and where in (refused.line, UNKNOWN):
         # its message says more: forward's arguments, or shapes and the layer's weights

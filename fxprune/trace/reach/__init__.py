@@ -5,17 +5,17 @@ compares them with an earlier state, and restores them.
 """
 
 from fxprune.trace.reach.draws import restoring_draws, watching_draws
-from fxprune.trace.reach.holders import MISSING, same
+from fxprune.trace.reach.holders import MISSING, have_same_value
 from fxprune.trace.reach.reached import Reached
-from fxprune.trace.reach.walk import AGAIN, Entry, Reach
+from fxprune.trace.reach.walk import REPEATED_CALLS, Entry, Reach
 
 __all__ = [
-    "AGAIN",
     "MISSING",
+    "REPEATED_CALLS",
     "Entry",
     "Reach",
     "Reached",
+    "have_same_value",
     "restoring_draws",
-    "same",
     "watching_draws",
 ]

@@ -25,11 +25,11 @@ __all__ = [
     "Globals",
     "content_of",
     "has_tensors",
+    "have_same_value",
     "is_plain_name",
     "keys_of",
     "named_contents",
     "put_back",
-    "same",
     "state_of",
     "store_of",
     "take_out_of",
@@ -223,7 +223,7 @@ def state_of(value: Any) -> Any:
     return reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else None
 
 
-def same(one: Any, other: Any) -> bool:
+def have_same_value(one: Any, other: Any) -> bool:
     """Tell whether two values are equal.
 
     Numbers, arrays and tensors are compared by value, containers entry by entry, and other objects
@@ -237,13 +237,13 @@ def same(one: Any, other: Any) -> bool:
         return one.shape == other.shape and bool(_equal_entries(one, other).all())
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and (
-            all(map(operator.is_, one, other)) or all(map(same, one, other))
+            all(map(operator.is_, one, other)) or all(map(have_same_value, one, other))
         )
     if isinstance(one, dict):
         if one.keys() != other.keys():
             return False
         pairs = [(value, other[key]) for key, value in one.items()]
-        return all(a is b for a, b in pairs) or all(same(*pair) for pair in pairs)
+        return all(a is b for a, b in pairs) or all(have_same_value(*pair) for pair in pairs)
     if type(one) is Tensor:
         return (
             _has_values(one)

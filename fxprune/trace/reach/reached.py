@@ -46,13 +46,13 @@ class Reached:
         return self._reach is not None and self._reach.trusts(module)
 
     @property
-    def made(self) -> int:
+    def cache_misses(self) -> int:
         """The number of results that caching functions (``functools.lru_cache``) have computed."""
         if self._reach is None:
             return 0
         return sum(memo.cache_info().misses for memo in self._reach.memos)
 
-    def keys(self, is_foreign: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
+    def foreign_keys(self, is_foreign: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
         """Return each dict and set that has a key which holds something foreign, with that key.
 
         A table is returned once for each such key.
@@ -65,17 +65,17 @@ class Reached:
                 found += [(table, key) for key in keys]
         return found
 
-    def take_out(self, is_foreign: Callable[[Any], bool]) -> list[Any]:
+    def remove_foreign(self, is_foreign: Callable[[Any], bool]) -> list[Any]:
         """Remove foreign values that a call has put into containers and objects.
 
-        See :meth:`Reach.take_out`.
+        See :meth:`Reach.remove_foreign`.
 
         Returns
         -------
         The foreign values that were found.
         """
-        return [] if self._reach is None else self._reach.take_out(is_foreign)
+        return [] if self._reach is None else self._reach.remove_foreign(is_foreign)
 
-    def begin_anew(self) -> None:
+    def search_again(self) -> None:
         """Search the code again, because attributes of the modules have changed."""
         self._reach = Reach(self._model)

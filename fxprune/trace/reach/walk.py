@@ -33,10 +33,10 @@ from fxprune.trace.reach.holders import (
     Globals,
     content_of,
     has_tensors,
+    have_same_value,
     is_plain_name,
     named_contents,
     put_back,
-    same,
     state_of,
     store_of,
     take_out_of,
@@ -52,10 +52,10 @@ from fxprune.trace.reach.references import (
     references_of,
 )
 
-__all__ = ["AGAIN", "Entry", "Reach"]
+__all__ = ["REPEATED_CALLS", "Entry", "Reach"]
 
 
-AGAIN = 12
+REPEATED_CALLS = 12
 """The number of further calls that must do the same, where calls may differ.
 
 If two ways are equally likely, 12 calls miss one of them in 1 of 4000 cases.
@@ -78,7 +78,7 @@ class Reach:
     Attributes
     ----------
     taken:
-        What :meth:`take_out` removed last, by the position of its holder and its name there.
+        What :meth:`remove_foreign` removed last, by the position of its holder and its name there.
     holders:
         The containers and objects that were found. Attributes of modules are among them.
     generators:
@@ -149,7 +149,7 @@ class Reach:
     def drawn(self) -> bool:
         """Whether the state of a random generator has changed."""
         now = map(state_of, self.generators)
-        return not all(map(same, self._states, now))
+        return not all(map(have_same_value, self._states, now))
 
     @property
     def may_differ(self) -> bool:
@@ -168,15 +168,17 @@ class Reach:
     def _has_changed(self) -> bool:
         """Whether the content of a container or an object has changed."""
         now = map(content_of, self.holders)
-        return not all(map(same, self._before, now))
+        return not all(map(have_same_value, self._before, now))
 
     def put_back(self) -> None:
         """Restore the state of all random generators."""
         for generator, before in zip(self.generators, self._states, strict=True):
-            if not same(before, state_of(generator)):
+            if not have_same_value(before, state_of(generator)):
                 generator.__setstate__(before)
 
-    def take_out(self, is_foreign: Callable[[Any], bool], *, from_lists: bool = True) -> list[Any]:
+    def remove_foreign(
+        self, is_foreign: Callable[[Any], bool], *, from_lists: bool = True
+    ) -> list[Any]:
         """Remove foreign values that a call has put into containers and objects.
 
         Attributes of modules are left as they are. A function that has cached a result since the
@@ -206,7 +208,7 @@ class Reach:
             is_list = isinstance(holder, (list, set, collections.deque))
             if holder in self._attributes or (is_list and not from_lists):
                 continue
-            if not same(before, content_of(holder)):
+            if not have_same_value(before, content_of(holder)):
                 for name, value in take_out_of(holder, before, holds).items():
                     self.taken[place, repr(name)] = value
         for memo, misses in zip(self.memos, self._misses, strict=True):
@@ -239,7 +241,7 @@ class Reach:
         Such a call runs on other values than the user's. Lists and sets are left as they are,
         because another thread may be adding to them.
         """
-        self.take_out(lambda leaf: isinstance(leaf, Tensor), from_lists=False)
+        self.remove_foreign(lambda leaf: isinstance(leaf, Tensor), from_lists=False)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
