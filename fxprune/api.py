@@ -40,7 +40,7 @@ from fxprune.pipeline import Task, apply_stage, carry_out, proofs, replay, stage
 from fxprune.result.plan import Plan
 from fxprune.result.pruned import Pruned
 from fxprune.result.serialization import load_tensors, read_pruned
-from fxprune.result.warnings import warn_of_evaluation, warn_of_little
+from fxprune.result.warnings import warn_if_little_removed, warn_if_training_is_lost
 from fxprune.rewrite import Survivors
 from fxprune.select.budget import Budget
 from fxprune.training.compensation import Compensation, fold_constants, reconstruct
@@ -231,8 +231,8 @@ def prune(
     verify = None if verify is None else check_bool("verify", verify)
     task = _task(model, example_inputs, keep, units, criterion, budget, setting)
     pruned, coupling = carry_out(task, verify)
-    warn_of_evaluation(coupling, stacklevel=3)
-    warn_of_little(pruned.report, coupling, budget, stacklevel=3)
+    warn_if_training_is_lost(coupling, stacklevel=3)
+    warn_if_little_removed(pruned.report, coupling, budget, stacklevel=3)
     return pruned
 
 

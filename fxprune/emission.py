@@ -13,15 +13,15 @@ from fxprune.result.plan import (
     GroupPlan,
     Plan,
     fingerprint,
-    history,
     pack_inputs,
-    remember,
+    store_plan,
+    stored_plan,
 )
 from fxprune.result.pruned import Pruned
 from fxprune.result.report import GroupRow, PinnedRow, Report
 from fxprune.rewrite import Survivors, emit
 
-__all__ = ["emitted", "terms_of"]
+__all__ = ["emit_pruned", "terms_of"]
 
 
 def terms_of(plan: Plan) -> Terms:
@@ -29,7 +29,7 @@ def terms_of(plan: Plan) -> Terms:
     return Terms(plan.keep, plan.pinned_nodes, plan.heads)
 
 
-def emitted(
+def emit_pruned(
     model: nn.Module,
     coupling: Coupling,
     survivors: dict[str, tuple[int, ...]],
@@ -67,10 +67,10 @@ def emitted(
             terms.keep,
             terms.pinned_nodes,
             fingerprint(model),
-            history(model),
+            stored_plan(model),
             terms.heads,
         )
-        remember(smaller, plan)
+        store_plan(smaller, plan)
         report = _report(model, smaller, coupling, remaining, plan)
     return Pruned(smaller, plan, replace(report, seconds=dict(clock.seconds)))
 

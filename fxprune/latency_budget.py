@@ -17,7 +17,7 @@ from fxprune.common.arrays import Counts
 from fxprune.coupling import Coupling, Terms
 from fxprune.coupling.analysis import Clock
 from fxprune.criteria import Ranking
-from fxprune.emission import emitted
+from fxprune.emission import emit_pruned
 from fxprune.errors import BudgetError
 from fxprune.inference import deploy
 from fxprune.latency.forecast import Forecast
@@ -27,7 +27,7 @@ from fxprune.result.report import LatencyRow
 from fxprune.select.budget import Budget
 from fxprune.select.selection import select
 
-__all__ = ["within_time"]
+__all__ = ["prune_to_latency"]
 
 Kept = Mapping[str, tuple[int, ...]]
 
@@ -73,7 +73,7 @@ class Attempt:
         return self.ms / self.dense_ms
 
 
-def within_time(
+def prune_to_latency(
     model: nn.Module,
     coupling: Coupling,
     ranking: Ranking,
@@ -127,7 +127,7 @@ def within_time(
 
 @dataclass
 class _Search:
-    """The search for units that meet a latency budget; see :func:`within_time`."""
+    """The search for units that meet a latency budget; see :func:`prune_to_latency`."""
 
     model: nn.Module
     coupling: Coupling
@@ -187,7 +187,7 @@ class _Search:
 
     def _emitted(self, kept: Kept) -> Pruned:
         """Return the pruned model that keeps these units."""
-        return emitted(self.model, self.coupling, dict(kept), self.terms, Clock())
+        return emit_pruned(self.model, self.coupling, dict(kept), self.terms, Clock())
 
     def _deployed(self, pruned: Pruned) -> nn.Module:
         """Return the inference form of a pruned model."""

@@ -11,12 +11,12 @@ from torch import nn
 from fxprune.coupling import Coupling, Terms
 from fxprune.coupling.analysis import Clock, label_and_couple
 from fxprune.criteria import Ranking, rank
-from fxprune.emission import emitted, terms_of
+from fxprune.emission import emit_pruned, terms_of
 from fxprune.errors import PlanError, RewriteError, VerificationError
 from fxprune.inputs import Call, read
 from fxprune.latency import Setting
-from fxprune.latency_budget import within_time
-from fxprune.result.plan import Plan, fingerprint, history, holds_objects, unpack_inputs
+from fxprune.latency_budget import prune_to_latency
+from fxprune.result.plan import Plan, fingerprint, holds_objects, stored_plan, unpack_inputs
 from fxprune.result.pruned import Pruned
 from fxprune.select.budget import Budget
 from fxprune.select.selection import select
@@ -132,9 +132,9 @@ def _within_budget(
     if task.setting is None:
         with clock("select"):
             survivors = select(coupling, ranking, budget)
-        return emitted(model, coupling, survivors, terms, clock), survivors
+        return emit_pruned(model, coupling, survivors, terms, clock), survivors
     with clock("latency"):
-        pruned, survivors = within_time(
+        pruned, survivors = prune_to_latency(
             model, coupling, ranking, budget, terms, task.example_inputs, task.setting
         )
     report = replace(pruned.report, seconds=dict(clock.seconds))
@@ -179,7 +179,7 @@ def stages_of(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
     These are all plans of the chain, or only those after the stage that produced this model.
     """
     chain = plan.chain
-    done = history(model)
+    done = stored_plan(model)
     if done in chain[:-1]:
         return chain[chain.index(done) + 1 :]
     architecture = fingerprint(model)
@@ -192,7 +192,7 @@ def stages_of(plan: Plan, model: nn.Module) -> tuple[Plan, ...]:
 def apply_stage(stage: Plan, model: nn.Module) -> Pruned:
     """Return the result of one plan of a chain on the model that the plan was made for."""
     coupling, survivors, clock = replay(stage, model)
-    return emitted(model, coupling, survivors, terms_of(stage), clock)
+    return emit_pruned(model, coupling, survivors, terms_of(stage), clock)
 
 
 def replay(
@@ -270,7 +270,9 @@ def proofs(
         coupling, survivors, clock = replay(stage, model, example_inputs)
         last = stage is stages[-1]
         after = (
-            smaller if last else emitted(model, coupling, survivors, terms_of(stage), clock).model
+            smaller
+            if last
+            else emit_pruned(model, coupling, survivors, terms_of(stage), clock).model
         )
         yield check(
             model, after, stage, coupling, survivors, example_inputs=example_inputs, **options

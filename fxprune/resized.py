@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from fxprune.common.contents import tensors_of
 from fxprune.inputs import Call, batch_size
 
-__all__ = ["lengths", "other_batch", "other_sizes", "sizes_alone", "with_sizes"]
+__all__ = ["lengths", "other_batch", "other_sizes", "replace_sizes", "single_axis_sizes"]
 
 
 def other_batch(call: Call, rows: int | None = None) -> Call | None:
@@ -78,10 +78,10 @@ def other_sizes(call: Call) -> Iterator[tuple[str, Call]]:
         for other in (_half, _odd, _next):
             new = {size: other(size) for size in sizes}
             text = ", ".join(f"{to} for {size}" for size, to in new.items())
-            yield text, with_sizes(call, new)
+            yield text, replace_sizes(call, new)
 
 
-def sizes_alone(call: Call) -> Iterator[tuple[str, Call]]:
+def single_axis_sizes(call: Call) -> Iterator[tuple[str, Call]]:
     """Yield the example with one axis longer by one, each with a text of what changed.
 
     Only axes of the same size as another axis are taken: the two need not be equal.
@@ -96,7 +96,7 @@ def sizes_alone(call: Call) -> Iterator[tuple[str, Call]]:
             yield f"{size + 1} for {size} along axis {dim}", changed
 
 
-def with_sizes(call: Call, new: dict[int, int]) -> Call:
+def replace_sizes(call: Call, new: dict[int, int]) -> Call:
     """Return the example with sizes replaced; batch axes keep theirs.
 
     ``new`` leads from an old size to the new one.

@@ -17,7 +17,7 @@ import fxprune
 from fxprune.coupling.parts.questions import Questions
 from fxprune.errors import FxpruneWarning
 from fxprune.inputs import Call
-from fxprune.resized import other_batch, other_sizes, sizes_alone
+from fxprune.resized import other_batch, other_sizes, single_axis_sizes
 from tests.support.checking import masked, randomise, relative_error
 
 
@@ -243,7 +243,7 @@ def test_other_sizes() -> None:
     assert [shapes(found) for _, found in other_sizes(call)] == [
         [(3, n, n), (3, n)] for n in (2, 5, 8)
     ]
-    assert [shapes(found) for _, found in sizes_alone(call)] == [
+    assert [shapes(found) for _, found in single_axis_sizes(call)] == [
         [(3, 5, 4), (3, 5)],
         [(3, 4, 5), (3, 4)],
     ]

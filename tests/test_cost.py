@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 import fxprune
 from fxprune.cost import MacCounter, cost_of, count_parameters
 from fxprune.errors import CallbackError
-from fxprune.ops import Op, own_row
+from fxprune.ops import Op, exact_row
 from fxprune.ops.macs import op_macs
 from fxprune.trace import without_fast_path
 from tests.support.counting import CheckedCounter
@@ -316,7 +316,7 @@ def test_every_formula_of_torch_has_its_own_here():
         packet for packet in flop_registry if isinstance(packet, torch._ops.OpOverloadPacket)
     ]
     backward = [packet for packet in kernels if packet.__name__.endswith("_backward")]
-    without = [packet for packet in kernels if (own_row(packet) or Op(name="")).macs is None]
+    without = [packet for packet in kernels if (exact_row(packet) or Op(name="")).macs is None]
     assert [str(packet) for packet in without if packet not in backward] == []
 
 

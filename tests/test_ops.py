@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.ops import OPS, Trait, find, name_of_op, takes_sizes
+from fxprune.ops import OPS, Trait, find_row, name_of_op, takes_sizes
 from tests import test_transformers, torchvision_models, zoo
 
 WITHOUT_RULE = {
@@ -45,7 +45,7 @@ def without_rule(model: nn.Module, example_inputs: Any) -> set[str]:
     """The names of the operations without a rule that a model executes."""
     ran = fxprune.analyze(model, example_inputs).context.found.ran
     funcs = {func for calls in ran.values() for func, _, _ in calls}
-    return {name_of_op(func) for func in funcs if find(func) is None}
+    return {name_of_op(func) for func in funcs if find_row(func) is None}
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ IMAGE = torch.zeros(1, 3, 8, 8)
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(table, "OPS", dict(table.OPS))
-    for cached in (table.find, table.own_row):
+    for cached in (table.find_row, table.exact_row):
         cached.cache_clear()
     yield
-    for cached in (table.find, table.own_row):
+    for cached in (table.find_row, table.exact_row):
         cached.cache_clear()
 
 

@@ -62,13 +62,13 @@ def test_the_right_rule_is_proved() -> None:
 def test_a_wrong_rule_is_caught() -> None:
     wrong = dataclasses.replace(OPS["flip"], rule=as_identity)
     with mock.patch.dict(OPS, flip=wrong):
-        fxprune.ops.find.cache_clear()
+        fxprune.ops.find_row.cache_clear()
         try:
             error = fxprune.verify(*pruned()).error
         except (RewriteError, VerificationError):
             error = math.inf
         finally:
-            fxprune.ops.find.cache_clear()
+            fxprune.ops.find_row.cache_clear()
     assert error > 1e-3
 
 

@@ -20,7 +20,7 @@ from fxprune.ops.macs import op_macs
 from fxprune.ops.running import run
 from fxprune.trace import execute
 
-__all__ = ["LabelMode", "keeps_order", "run_node", "seen_whole", "takes_statistics"]
+__all__ = ["LabelMode", "is_seen_whole", "keeps_order", "run_node", "takes_statistics"]
 
 
 class LabelMode(dispatch.DispatchMode):
@@ -42,7 +42,7 @@ class LabelMode(dispatch.DispatchMode):
         kwargs = kwargs or {}
         if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
             self.context.found.writes.add(self.context.node)
-        if seen_whole(func):
+        if is_seen_whole(func):
             self.context.found.noted = ()
             out = self._execute(func, args, kwargs)
             self.context.carry_causes(
@@ -71,7 +71,7 @@ class LabelMode(dispatch.DispatchMode):
         """
         ctx = self.context
         ctx.found.ran.setdefault(ctx.node, []).append((func, args, kwargs))
-        row = ops.find(func)
+        row = ops.find_row(func)
         tensors = dispatch.tensors_in(args, kwargs)
         labelled = any(t in ctx.records for t in tensors)
         makes_labels = row is not None and (row.kind is Kind.CREATES or _makes_axes(func, tensors))
@@ -132,7 +132,7 @@ def _follow_weights(
         if tensor not in weights.records:
             known = ctx.records[tensor]
             weights.parameter(tensor, known.name, known.axes)
-    row = ops.find(func)
+    row = ops.find_row(func)
     if row is not None:
         row.follow(weights, func, ops.bind(func, args, kwargs), out)
     for leaf in dispatch.tensors_in((out,), {}):
@@ -154,12 +154,12 @@ def keeps_order(ctx: Context, row: ops.Op, bound: Mapping[str, Any]) -> bool:
     return row.in_order if isinstance(row.in_order, bool) else row.in_order(ctx, bound)
 
 
-def seen_whole(func: Any) -> bool:
+def is_seen_whole(func: Any) -> bool:
     """Tell whether an op is followed as it is, not decomposed.
 
     That is so if it has a rule, or cannot be decomposed.
     """
-    return ops.find(func) is not None or not dispatch.is_composite(func)
+    return ops.find_row(func) is not None or not dispatch.is_composite(func)
 
 
 def takes_statistics(func: Any) -> bool:
@@ -167,7 +167,7 @@ def takes_statistics(func: Any) -> bool:
 
     See :meth:`fxprune.ops.Context.statistic`.
     """
-    row = ops.own_row(func)
+    row = ops.exact_row(func)
     return row is not None and row.survivors is not None
 
 
@@ -176,7 +176,7 @@ def _makes_axes(func: Any, tensors: list[Tensor]) -> bool:
 
     Like those of ``zeros``, they shrink with whatever they meet.
     """
-    if not ops.has(ops.name_of_op(func), ops.Trait.GROWS):
+    if not ops.has_trait(ops.name_of_op(func), ops.Trait.GROWS):
         return False
     return all(tensor.is_meta and tensor.is_floating_point() for tensor in tensors)
 

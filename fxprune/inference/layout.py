@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fxprune.common.random_state import seeded
 from fxprune.errors import ModelError
-from fxprune.ops import Trait, has
+from fxprune.ops import Trait, has_trait
 from fxprune.trace import execute
 from fxprune.trace.aliasing import Memory, name_of
 
@@ -52,7 +52,7 @@ def take_any_layout(root: fx.GraphModule, memory: Memory, channels_last: bool) -
         then.
     """
     for node in root.graph.nodes:
-        if not has(name_of(node, root), Trait.BY_LAYOUT):
+        if not has_trait(name_of(node, root), Trait.BY_LAYOUT):
             if channels_last and _needs_contiguous(root, node):
                 _make_contiguous(node)
         elif memory.must_stay_view(node):

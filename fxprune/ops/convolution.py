@@ -17,7 +17,7 @@ from fxprune.ops import literals, macs
 from fxprune.ops.context import Context
 from fxprune.ops.records import Operand, Record, place
 from fxprune.ops.shapes import contraction as shapes
-from fxprune.ops.table import Axes, computes, own_row, row
+from fxprune.ops.table import Axes, computes, exact_row, row
 
 # Virtual dimensions: the group, and the input and output channels of a group.
 GROUP, INPUT, OUTPUT = 0, 1, 2
@@ -31,7 +31,7 @@ def is_convolution(func: Any) -> bool:
 
     The first two axes of a convolution's weight are channels, the others belong to the kernel.
     """
-    found = own_row(func)
+    found = exact_row(func)
     return found is not None and found.rule is convolution
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxprune.ops.table import own_row
+from fxprune.ops.table import exact_row
 
 __all__ = [
     "attention_by_token_macs",
@@ -69,7 +69,7 @@ def op_macs(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: An
     >>> op_macs(torch.ops.aten.relu.default, (a,), {}, a) is None
     True
     """
-    row = own_row(func)
+    row = exact_row(func)
     if row is not None and row.macs is not None:
         return row.macs(args, out)
     registered = _registered().get(getattr(func, "overloadpacket", func))
@@ -78,7 +78,7 @@ def op_macs(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: An
 
 def has_formula(func: Any) -> bool:
     """Tell whether :func:`op_macs` counts an operation."""
-    row = own_row(func)
+    row = exact_row(func)
     formula = None if row is None else row.macs
     return formula is not None or getattr(func, "overloadpacket", func) in _registered()
 

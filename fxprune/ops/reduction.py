@@ -16,7 +16,7 @@ from fxprune.ops.dims import correction_of, reduced_dims
 from fxprune.ops.pointwise import elementwise
 from fxprune.ops.shapes import normalisation as shapes_of_norms
 from fxprune.ops.shapes import reduction as shapes
-from fxprune.ops.table import Axes, Trait, computes, has, name_of_op, row
+from fxprune.ops.table import Axes, Trait, computes, has_trait, name_of_op, row
 
 _statistic = functools.partial(computes, traits=Trait.STATISTIC)
 
@@ -96,7 +96,7 @@ def _is_one_statistic(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         target = name_of_op(target)
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return has(name, Trait.STATISTIC)
+    return has_trait(name, Trait.STATISTIC)
 
 
 @computes("sum", "norm", axes=Axes.REDUCED, shape=shapes.reduction_shape)
@@ -144,7 +144,7 @@ def anything_else(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     if isinstance(a.get("other"), Tensor):  # max(a, b) is pointwise
         return elementwise(ctx, func, a, {"self": x, "other": a["other"]}, out)
     reduced, keepdim = reduced_dims(a, x)
-    counts_all = has(name_of_op(func), Trait.COUNTS_ALL)
+    counts_all = has_trait(name_of_op(func), Trait.COUNTS_ALL)
     passing = []
     for f in ctx.fields(x):
         if f.dims <= reduced:

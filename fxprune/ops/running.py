@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from fxprune.common.dispatch import META, DispatchMode, aten, is_composite, tensors_in
 from fxprune.ops.shapes.common import empty_like
 from fxprune.ops.shapes.elementwise import first_argument_shape, pointwise_shape
-from fxprune.ops.table import Shape, own_row
+from fxprune.ops.table import Shape, exact_row
 
 __all__ = ["ShapeMode", "has_shape", "run"]
 
@@ -63,14 +63,14 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def has_shape(func: Any) -> bool:
     """Tell whether an op's row has a shape function."""
-    row = own_row(func)
+    row = exact_row(func)
     return row is not None and row.shape is not None
 
 
 @functools.cache
 def _shape_of(func: Any) -> Shape | None:
     """Return the function that computes an op's result on meta tensors, or None."""
-    row = own_row(func)
+    row = exact_row(func)
     if row is not None and row.shape is not None:
         return row.shape
     if func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags:

@@ -31,15 +31,15 @@ __all__ = [
     "Trait",
     "bind",
     "computes",
-    "find",
-    "has",
-    "known",
+    "exact_row",
+    "find_row",
+    "has_trait",
     "moves",
     "name_of_op",
     "op",
-    "own_row",
     "register_rule",
     "row",
+    "row_or_empty",
     "takes_sizes",
 ]
 
@@ -357,7 +357,7 @@ def _check_registration(name: Any, like: Any, macs: Any) -> None:
 def _add_row_of_user(row: Op) -> None:
     """Add a row that a user registered; earlier look-ups may have missed it."""
     OPS[row.name] = row
-    for cached in (find, own_row):
+    for cached in (find_row, exact_row):
         cached.cache_clear()
 
 
@@ -369,24 +369,24 @@ def name_of_op(func: Any) -> str:
     return name.removeprefix("aten::")
 
 
-def known(name: str) -> Op:
+def row_or_empty(name: str) -> Op:
     """Return the row of this name, or an empty row if there is none."""
     return OPS.get(name) or Op(name=name)
 
 
-def has(name: str, trait: Trait) -> bool:
+def has_trait(name: str, trait: Trait) -> bool:
     """Tell whether the op of this name has a trait."""
     return name in OPS and bool(OPS[name].traits & trait)
 
 
 @functools.cache
-def own_row(func: Any) -> Op | None:
+def exact_row(func: Any) -> Op | None:
     """Return the row under exactly the overload's name, or None."""
     return OPS.get(name_of_op(func))
 
 
 @functools.cache
-def find(func: Any) -> Op | None:
+def find_row(func: Any) -> Op | None:
     """Return the row whose rule an overload follows, or None.
 
     The first row with a rule counts, in this order: the overload's own row, the row of the op

@@ -35,10 +35,10 @@ __all__ = [
     "Plan",
     "check_groups",
     "fingerprint",
-    "history",
     "holds_objects",
     "pack_inputs",
-    "remember",
+    "store_plan",
+    "stored_plan",
     "unpack_inputs",
 ]
 
@@ -341,7 +341,7 @@ def fingerprint(model: nn.Module) -> str:
 _MARK = "_fxprune_plan"
 
 
-def remember(model: nn.Module, plan: Plan) -> None:
+def store_plan(model: nn.Module, plan: Plan) -> None:
     """Store the plan of a model that was just pruned on the model.
 
     The plan of its next pruning then refers to it.
@@ -349,7 +349,7 @@ def remember(model: nn.Module, plan: Plan) -> None:
     vars(model)[_MARK] = (plan, fingerprint(model))
 
 
-def history(model: nn.Module) -> Plan | None:
+def stored_plan(model: nn.Module) -> Plan | None:
     """Return the plan that made a model.
 
     None if the model was not pruned, or if the shape or name of a tensor has changed since: the

@@ -11,14 +11,14 @@ from fxprune.ops import READS_INPUT
 from fxprune.result.report import Report
 from fxprune.select.budget import Budget
 
-__all__ = ["warn_of_evaluation", "warn_of_little"]
+__all__ = ["warn_if_little_removed", "warn_if_training_is_lost"]
 
 # A pruning that removes less than this fraction of the requested share of the parameters removes
 # only channels that hold few parameters.
 _LITTLE = 0.2
 
 
-def warn_of_evaluation(coupling: Coupling, *, stacklevel: int) -> None:
+def warn_if_training_is_lost(coupling: Coupling, *, stacklevel: int) -> None:
     """Warn if the pruned model computes in training mode what it computes in evaluation mode.
 
     This is so if neither the training mode of the model nor of any part of it can be traced.
@@ -32,7 +32,9 @@ def warn_of_evaluation(coupling: Coupling, *, stacklevel: int) -> None:
         warnings.warn(text, FxpruneWarning, stacklevel=stacklevel + 1)
 
 
-def warn_of_little(report: Report, coupling: Coupling, budget: Budget, *, stacklevel: int) -> None:
+def warn_if_little_removed(
+    report: Report, coupling: Coupling, budget: Budget, *, stacklevel: int
+) -> None:
     """Warn if channels should have been removed, but (almost) none were, because most are pinned.
 
     There is no warning if the caller's ``keep=`` pins most. Budgets of multiply-accumulates,

@@ -10,7 +10,7 @@ code looks up modules, and ``pickled`` turns its graphs into data that can be pi
 """
 
 from fxprune.rewrite.emit import emit
-from fxprune.rewrite.module import PrunedModule, sharing_graphs
+from fxprune.rewrite.module import PrunedModule, memo_that_shares_graphs
 from fxprune.rewrite.survivors import Survivors
 
-__all__ = ["PrunedModule", "Survivors", "emit", "sharing_graphs"]
+__all__ = ["PrunedModule", "Survivors", "emit", "memo_that_shares_graphs"]

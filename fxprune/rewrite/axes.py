@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.common.dispatch import META
 from fxprune.common.reshape import reshape_blocks
-from fxprune.ops import Axes, known
+from fxprune.ops import Axes, row_or_empty
 from fxprune.trace import execute
 from fxprune.trace.aliasing import name_of, squeezes_all
 
@@ -259,7 +259,7 @@ def _sizes_given(node: fx.Node) -> Sequence[Any]:
 
     Other calls have none. There may be fewer entries than axes, and entries may be nodes.
     """
-    if known(name_of(node)).axes not in (Axes.RESHAPED, Axes.EXPANDED, Axes.REPEATED):
+    if row_or_empty(name_of(node)).axes not in (Axes.RESHAPED, Axes.EXPANDED, Axes.REPEATED):
         return ()
     names = [name for name in ("size", "shape", "repeats", "dims") if name in node.kwargs]
     given = node.kwargs[names[0]] if names else node.args[1:]

@@ -33,7 +33,7 @@ from fxprune.rewrite.survivors import Survivors
 from fxprune.trace import Trace
 from fxprune.trace.aliasing import Memory
 
-__all__ = ["CheckedGraph", "storage_of", "value_of"]
+__all__ = ["CheckedGraph", "storage_id", "value_of"]
 
 
 def value_of(node: fx.Node) -> Any:
@@ -41,7 +41,7 @@ def value_of(node: fx.Node) -> Any:
     return node.meta["val"]
 
 
-def storage_of(tensor: Tensor) -> int:
+def storage_id(tensor: Tensor) -> int:
     """Return a number that identifies a tensor's memory; a meta tensor has one too."""
     return tensor.untyped_storage()._cdata
 

@@ -30,7 +30,7 @@ from fxprune.coupling import Coupling
 from fxprune.coupling.propagation import run_node
 from fxprune.errors import RewriteError
 from fxprune.labels import Array
-from fxprune.rewrite.checks import CheckedGraph, storage_of, value_of
+from fxprune.rewrite.checks import CheckedGraph, storage_id, value_of
 from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
 from fxprune.rewrite.module import PrunedModule, copy_behaviour, hold_modes
@@ -368,11 +368,11 @@ class _Emission(CheckedGraph):
             return False
         sizes = zip(old.shape, self.survivors.shape(old), strict=True)
         shrinks_to_one = any(smaller == 1 != size for size, smaller in sizes)
-        storages = {storage_of(old), storage_of(value)}
+        storages = {storage_id(old), storage_id(value)}
         if not shrinks_to_one or len(storages) == 1:
             return False
         written = (value_of(to) for to in self.memory.written_after(node))
-        is_written = any(isinstance(to, Tensor) and storage_of(to) in storages for to in written)
+        is_written = any(isinstance(to, Tensor) and storage_id(to) in storages for to in written)
         return is_written and self.memory.must_stay_view(node)
 
     def _cloned(self, node: fx.Node, new: fx.Node) -> fx.Node:

@@ -18,7 +18,18 @@ from torch import Tensor, fx, nn
 
 from fxprune.common.dispatch import holds_tensors
 from fxprune.labels import Array
-from fxprune.ops import Axes, Kind, Op, Trait, bind, find, has, known, name_of_op, own_row
+from fxprune.ops import (
+    Axes,
+    Kind,
+    Op,
+    Trait,
+    bind,
+    exact_row,
+    find_row,
+    has_trait,
+    name_of_op,
+    row_or_empty,
+)
 from fxprune.ops.dims import split_dim
 from fxprune.ops.shapes.common import spatial_rank
 from fxprune.rewrite.axes import RULES, Extent, argument, first_operand, of_operands
@@ -140,7 +151,7 @@ class Extents:
         The op of the call's name decides. If there is none, the op that ran decides, provided that
         the answer does not depend on the names of the call's arguments. None if unknown.
         """
-        if node.op != "call_module" and (named := known(name_of(node)).axes) in RULES:
+        if node.op != "call_module" and (named := row_or_empty(name_of(node)).axes) in RULES:
             return named
         ran = self.ran(node)
         allowed = _OF_MODULES if node.op == "call_module" else _OF_FUNCTIONS
@@ -207,7 +218,7 @@ class Extents:
         ``source`` is the node of the op, ``value`` the piece.
         """
         name, first = name_of(source), first_operand(source)
-        if known(name).axes is not Axes.CUT or first is None:
+        if row_or_empty(name).axes is not Axes.CUT or first is None:
             return Extent.UNKNOWN
         dim = argument(source, 2, "dim", 0)
         if first.meta["val"].dim() != value.dim() or not isinstance(dim, int):
@@ -294,7 +305,7 @@ _OF_MODULES = _OF_FUNCTIONS | {Axes.LAYER, Axes.CONVOLVED, Axes.RESHAPED}
 
 def _row_of(ran: Ran) -> Op | None:
     """Return the row of the table of ops for an op that ran."""
-    return own_row(ran[0]) or find(ran[0])
+    return exact_row(ran[0]) or find_row(ran[0])
 
 
 def _keeps_axes(ran: Ran) -> bool:
@@ -302,7 +313,7 @@ def _keeps_axes(ran: Ran) -> bool:
     op = _row_of(ran)
     if op is None or op.macs is not None:
         return False
-    grows = has(name_of_op(ran[0]), Trait.GROWS)
+    grows = has_trait(name_of_op(ran[0]), Trait.GROWS)
     return op.kind in (Kind.COMPUTES, Kind.CREATES) or op.axes is Axes.SAME or grows
 
 

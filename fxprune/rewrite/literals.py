@@ -16,7 +16,7 @@ from fxprune.moments import counts_removed
 from fxprune.ops.calls import NewCall, OpCall
 from fxprune.ops.dims import correction_of, reduced_dims
 from fxprune.ops.literals import index_literal
-from fxprune.ops.table import known
+from fxprune.ops.table import row_or_empty
 from fxprune.rewrite.numbers import Numbers
 from fxprune.trace.aliasing import name_of
 
@@ -51,7 +51,7 @@ def correct(
         return _counting_again(node, share)
     if call is None:
         return node.target, node.args, node.kwargs
-    op = known(call.name)
+    op = row_or_empty(call.name)
     if share is not None and op.counting is not None:
         return _counting(op.counting, call, share)
     if op.corrects is None:

@@ -15,7 +15,7 @@ from fxprune.rewrite.pickled import pack, unpack
 from fxprune.trace.context_managers import blocks
 from fxprune.trace.copying import copy_rebound
 
-__all__ = ["PrunedModule", "copy_behaviour", "hold_modes", "sharing_graphs"]
+__all__ = ["PrunedModule", "copy_behaviour", "hold_modes", "memo_that_shares_graphs"]
 
 _NAME = "class name"  # key that cannot be the name of an attribute, because of its space
 _MODES = "_own_modes"
@@ -214,7 +214,7 @@ def _inherit(module: PrunedModule, kind: type) -> None:
     module.__class__ = type(graph_class.__name__, (graph_class, kind), members)
 
 
-def sharing_graphs(model: nn.Module) -> Memo:
+def memo_that_shares_graphs(model: nn.Module) -> Memo:
     """Return a memo for ``copy.deepcopy`` with which the copies share the model's graphs.
 
     This makes copying fast. Neither the model nor a copy may change its graph afterwards.

@@ -20,7 +20,7 @@ from fxprune.common.identity import IdentitySet
 from fxprune.coupling import Coupling
 from fxprune.labels import Array
 
-__all__ = ["Kinds", "Pool", "kinds_of", "lines", "pools_of"]
+__all__ = ["Kinds", "Pool", "kinds_of", "labels_along_dims", "pools_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +144,8 @@ def _profiles(
     -------
     tuple
         For each label one number that stands for its counts, shape (labels,); and for each
-        dimension that several fields shrink the labels along it, as :func:`lines` returns them.
+        dimension that several fields shrink the labels along it, as :func:`labels_along_dims`
+        returns them.
     """
     profile = np.zeros(coupling.context.units.count, dtype=np.uint64)
     seen: IdentitySet[Array] = IdentitySet()
@@ -157,7 +158,7 @@ def _profiles(
                 positions = np.bincount(labels.ravel()).astype(np.uint64)
                 profile[: len(positions)] += positions * rng.integers(1, 2**63, dtype=np.uint64)
         if len(fields) > 1:
-            overlaps += [rows for _, rows in lines(coupling, fields) if len(rows) > 1]
+            overlaps += [rows for _, rows in labels_along_dims(coupling, fields) if len(rows) > 1]
     return profile, overlaps
 
 
@@ -183,7 +184,7 @@ def _counted_tensors(coupling: Coupling) -> list[Tensor]:
     return list(IdentitySet(found))
 
 
-def lines(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]]:
+def labels_along_dims(coupling: Coupling, fields: Sequence[Array]) -> list[tuple[int, Array]]:
     """Return the labels along each dimension that can shrink.
 
     Parameters

@@ -17,7 +17,7 @@ from fxprune.common.identity import IdentityMap
 from fxprune.coupling import Coupling
 from fxprune.labels import Array
 from fxprune.ops import Contraction
-from fxprune.select.kinds import Kinds, lines
+from fxprune.select.kinds import Kinds, labels_along_dims
 
 __all__ = ["Factors", "Polynomial", "Sizes", "Sum", "macs_of", "params_of", "products_of"]
 
@@ -134,7 +134,7 @@ class Sizes:
         key = (tuple(map(id, fields)), tuple(tensor.shape))
         if key not in self._of_labels:
             sizes = {}
-            for dim, rows in lines(self.coupling, fields):
+            for dim, rows in labels_along_dims(self.coupling, fields):
                 number = self._size(rows, tensor.shape[dim])
                 if number is not None:
                     sizes[dim] = number

@@ -19,7 +19,7 @@ from fxprune.labels import Array
 from fxprune.select.budget import Budget, keep_count
 from fxprune.select.costs import TimeCost
 from fxprune.select.greedy import Descent, ordered_labels, step_of
-from fxprune.select.kinds import Pool, lines, pools_of
+from fxprune.select.kinds import Pool, labels_along_dims, pools_of
 
 __all__ = ["select"]
 
@@ -113,7 +113,7 @@ def _spare_tensors(
         spared[units[:, -1]] = True
     for fields in _distinct_fields(coupling):
         if not _are_spared_lines(fields, spared):
-            for _, rows in lines(coupling, fields):
+            for _, rows in labels_along_dims(coupling, fields):
                 _spare_rows(rows, spared, height)
     new_order = []
     for ascending, units in zip(order, labels, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fxprune.common.dispatch import aten
-from fxprune.ops import Trait, has, name_of_op
+from fxprune.ops import Trait, has_trait, name_of_op
 from fxprune.trace.execution import (
     untraced,
 )
@@ -62,7 +62,7 @@ class BelowPython(Guarded):
             args, kwargs = self._with_examples((args, kwargs))
             return func(*args, **kwargs)
         # a question about shape or layout is answered, not recorded
-        if has(name_of_op(func), Trait.ASKS | Trait.ASKS_SIZES):
+        if has_trait(name_of_op(func), Trait.ASKS | Trait.ASKS_SIZES):
             return self._answer_layout(func, *args)
         if self._differentiates:
             self._guard_all_inputs()

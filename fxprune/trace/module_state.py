@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.common.dispatch import holds_tensors
-from fxprune.ops import Trait, has
+from fxprune.ops import Trait, has_trait
 from fxprune.trace.aliasing import computes_call, name_of, node_of
 
 __all__ = [
@@ -238,9 +238,9 @@ def values_read(node: fx.Node) -> Sequence[fx.Node]:
     Of other arguments it reads the shape, the dtype or the device only.
     """
     name = name_of(node)
-    if has(name, Trait.READS_SHAPE):
+    if has_trait(name, Trait.READS_SHAPE):
         return ()
-    return node.all_input_nodes[: 1 if has(name, Trait.READS_DTYPE) else None]
+    return node.all_input_nodes[: 1 if has_trait(name, Trait.READS_DTYPE) else None]
 
 
 def follows_inputs(node: fx.Node) -> bool:

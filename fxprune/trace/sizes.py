@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fxprune.common.reshape import reshape_blocks
-from fxprune.ops import Axes, Trait, has, known, name_of_op, takes_sizes
+from fxprune.ops import Axes, Trait, has_trait, name_of_op, row_or_empty, takes_sizes
 from fxprune.trace.tensors import TracedTensor
 
 __all__ = ["ALL_DIMS", "decisive_dims", "reads_size", "with_traced_sizes", "wrapped_dims"]
@@ -57,7 +57,7 @@ def with_traced_sizes(
         return (*args[:3], size(0), size(1), _product(map(size, range(2, len(shape)))), *args[6:])
     if func._overloadname != "default" or not takes_sizes(name):
         return args
-    operation = known(name)
+    operation = row_or_empty(name)
     if operation.axes is Axes.EXPANDED:
         sizes = _expanded_sizes(args[1], shape)
     elif Trait.READS_SHAPE in operation.traits:
@@ -211,7 +211,7 @@ def decisive_dims(graph: Any) -> frozenset[Any] | None:
         space, _, name = node.kind().partition("::")
         if space not in ("aten", "prim") or (space == "prim" and name not in _PLAIN_NODES):
             return None
-        if space == "prim" or has(name, Trait.ASKS) or name in _IDENTITY:
+        if space == "prim" or has_trait(name, Trait.ASKS) or name in _IDENTITY:
             continue
         if name in ("size", "len", "numel") and _is_tensor(node.inputsAt(0)):
             asked |= _decisive(node.output(), _dims_read_by(node))

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from fxprune.common.contents import named_tensors
 from fxprune.common.identity import Memo, from_memo, in_memo, to_memo
 from fxprune.coupling import Coupling
-from fxprune.rewrite import Survivors, sharing_graphs
+from fxprune.rewrite import Survivors, memo_that_shares_graphs
 from fxprune.trace import copy_module
 
 __all__ = ["copy_original", "copy_pruned", "cut", "mask", "plain_copy"]
@@ -80,7 +80,7 @@ def copy_original(model: nn.Module, values: Mapping[str, Tensor], dtype: torch.d
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model with the same values, on the same device and in the same dtype."""
-    memo = sharing_graphs(model)
+    memo = memo_that_shares_graphs(model)
     for tensor in [*model.parameters(), *model.buffers()]:
         copied = tensor.detach().clone()
         if isinstance(tensor, nn.Parameter):
@@ -103,7 +103,7 @@ def copy_pruned(pruned: nn.Module, values: Mapping[str, Tensor], dtype: torch.dt
     dtype:
         The dtype of all other floating-point tensors that the model holds.
     """
-    memo = sharing_graphs(pruned)
+    memo = memo_that_shares_graphs(pruned)
     for name, tensor in named_tensors(pruned).items():
         _copy_as(memo, tensor, values[name] if name in values else _copy_in(tensor, dtype))
     with _TensorCopies(lambda tensor: _copy_in(tensor, dtype)):

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fxprune.common.dispatch import DispatchMode, tensors_in
 from fxprune.coupling import Coupling
-from fxprune.coupling.propagation import seen_whole, takes_statistics
-from fxprune.ops import Event, Trait, bind, has, known, name_of_op
+from fxprune.coupling.propagation import is_seen_whole, takes_statistics
+from fxprune.ops import Event, Trait, bind, has_trait, name_of_op, row_or_empty
 from fxprune.rewrite import Survivors
 
 __all__ = [
@@ -168,10 +168,10 @@ def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: 
     rank, name = args[0].dim(), name_of_op(func)
     if mask.ndim != rank:
         dropped = mask.shape[: max(0, mask.ndim - rank)]
-        if not has(name, Trait.FROM_THE_END) or any(size > 1 for size in dropped):
+        if not has_trait(name, Trait.FROM_THE_END) or any(size > 1 for size in dropped):
             raise NotFollowedError(f"{func} was traced for another number of dimensions")
         mask = mask.reshape(mask.shape[-rank:])
-    over = known(name).survivors
+    over = row_or_empty(name).survivors
     return None if over is None else over(bind(func, args, kwargs), torch.from_numpy(mask))
 
 
@@ -247,7 +247,7 @@ class RecordingMode(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not seen_whole(func):
+        if not is_seen_whole(func):
             with self:  # a composite without a rule: the analysis saw the operations inside it
                 return func.decompose(*args, **kwargs)
         if takes_statistics(func):
@@ -322,7 +322,7 @@ class ReplayMode(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not seen_whole(func):
+        if not is_seen_whole(func):
             with self:
                 return func.decompose(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded not in func.tags:

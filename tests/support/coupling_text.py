@@ -146,7 +146,7 @@ class _RecordedMode(LabelMode):
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name.removeprefix("aten::")
         self.executed.add(name)
-        rule = ops.find(func)
+        rule = ops.find_row(func)
         if rule is not None:
             self.served.add(
                 next(

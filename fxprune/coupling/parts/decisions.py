@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxprune.common.contents import tensors_of
 from fxprune.coupling.parts.calls import in_one_thread
 from fxprune.inputs import Call, copied_to
-from fxprune.ops import Trait, has
+from fxprune.ops import Trait, has_trait
 from fxprune.trace import following, user_line
 from fxprune.trace.aliasing import UndoWrites
 from fxprune.trace.user_code import is_library_file
@@ -106,7 +106,7 @@ class Decisions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         out = func(*args, **kwargs)
-        if name in _READ or has(name, Trait.READS_VALUES):
+        if name in _READ or has_trait(name, Trait.READS_VALUES):
             return self._read(name, tensors_of((args, kwargs)), out)
         if type(out) is torch.Size or not isinstance(out, (Tensor, tuple, list, type(None))):
             return out  # a fact about a tensor, no new tensor

@@ -251,7 +251,7 @@ class RealMode(LabelMode):
             self.read[self.meta_of[tensor]] = None
 
     def _execute(self, func: Any, args: Any, kwargs: Any) -> Any:
-        ctx, rule, tensors = self.context, ops.find(func), tensors_in(args, kwargs)
+        ctx, rule, tensors = self.context, ops.find_row(func), tensors_in(args, kwargs)
         self.memory.find_labels(tensors)
         for tensor in tensors:
             self.note_read(tensor)
@@ -321,7 +321,7 @@ class RealMode(LabelMode):
             new_args = tuple(_nonzero_sizes(value) for value in new_args)
         try:
             made = func(*new_args, **new_kwargs)
-            self._note(func, ops.find(func), new_args, new_kwargs, made)
+            self._note(func, ops.find_row(func), new_args, new_kwargs, made)
             pairs = list(zip(tree_leaves(out), tree_leaves(made), strict=True))
         except (RuntimeError, ValueError, IndexError, TypeError, FxpruneError):
             ctx.found.wide += [f.labels for tensor in given for f in ctx.fields(tensor)]

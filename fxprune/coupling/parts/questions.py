@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.common.contents import leaves_of, tensors_of
 from fxprune.common.identity import IdentityMap
-from fxprune.ops import Trait, has
+from fxprune.ops import Trait, has_trait
 from fxprune.trace.tensors import map_leaves
 from fxprune.trace.user_code import is_library_file, user_frames, user_line
 
@@ -99,7 +99,7 @@ class Questions(TorchFunctionMode):
         out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
         if func == Tensor.shape.__get__ or name in ("size", "numel", "nelement"):
             return out if args[0] in self.own else self._known(out)
-        if name not in _ATTRIBUTES and not has(name, Trait.ASKS | Trait.ASKS_SIZES):
+        if name not in _ATTRIBUTES and not has_trait(name, Trait.ASKS | Trait.ASKS_SIZES):
             # if it returns None, it writes into its first argument
             self.step(name, (args, kwargs), out if out is not None else args[:1])
         return out

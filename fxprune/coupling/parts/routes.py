@@ -22,7 +22,7 @@ from fxprune.coupling.parts.calls import intercepted
 from fxprune.coupling.parts.decisions import Answers, Decisions, followed, ways_of
 from fxprune.coupling.parts.questions import CodePlace, Questions
 from fxprune.inputs import Call
-from fxprune.ops import Trait, has, name_of_op
+from fxprune.ops import Trait, has_trait, name_of_op
 from fxprune.trace import MetaCopy
 from fxprune.trace.module_state import AttributeChange, Attributes
 from fxprune.trace.reach import REPEATED_CALLS, Reach, have_same_value, watching_draws
@@ -294,8 +294,8 @@ class EmptyMasks(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = name_of_op(func)
-        by_index = has(name, Trait.FINDS_BY_INDEX)
-        finds = by_index or has(name, Trait.FINDS)
+        by_index = has_trait(name, Trait.FINDS_BY_INDEX)
+        finds = by_index or has_trait(name, Trait.FINDS)
         if not finds or all(leaf.numel() for leaf in tensors_of(out)):
             return out
         position = int(by_index)

@@ -19,7 +19,7 @@ from fxprune.coupling.parts.decisions import is_raised
 from fxprune.coupling.parts.questions import PART, CodePlace, Questions
 from fxprune.coupling.parts.routes import Route, run_route
 from fxprune.inputs import Call, batch_size, randomised
-from fxprune.resized import lengths, other_batch, other_sizes, sizes_alone, with_sizes
+from fxprune.resized import lengths, other_batch, other_sizes, replace_sizes, single_axis_sizes
 from fxprune.trace import MetaCopy
 
 __all__ = ["Sized"]
@@ -215,7 +215,7 @@ class Sized:
         near = {(abs(by), size + by, size) for size in lengths(call) for by in away - {0}}
         for _, new, size in sorted(near)[:_MOST_NEAR]:
             if 0 < new <= max(4 * size, _LONGEST):
-                yield f"{new} for {size}", with_sizes(call, {size: new})
+                yield f"{new} for {size}", replace_sizes(call, {size: new})
 
     def _run_route(self, route: Route, asked: dict[CodePlace, _Asked]) -> None:
         """Run the model on a route, and record what it asks and does."""
@@ -259,7 +259,7 @@ def _resized_calls(call: Call) -> Iterator[tuple[str, Call]]:
         if batch is not None:
             yield f"{_BATCH} {wanted}", batch
     yield from other_sizes(call)
-    yield from sizes_alone(call)
+    yield from single_axis_sizes(call)
 
 
 def _near_calls(call: Call, rows: bool, sizes: bool) -> Iterator[Iterator[tuple[str, Call]]]:
@@ -271,7 +271,9 @@ def _near_calls(call: Call, rows: bool, sizes: bool) -> Iterator[Iterator[tuple[
         around = _sizes_near(batch_size(call))
         yield ((f"{_BATCH} {new}", other_batch(call, new) or call) for new in around)
     for size in lengths(call) if sizes else ():
-        yield ((f"{new} for {size}", with_sizes(call, {size: new})) for new in _sizes_near(size))
+        yield (
+            (f"{new} for {size}", replace_sizes(call, {size: new})) for new in _sizes_near(size)
+        )
 
 
 def _sizes_near(size: int) -> Iterator[int]:
