@@ -16,13 +16,13 @@ for each op. An op is looked up by its name, an in-place one (`relu_`) also by t
 underscore. What has no rule here is, in this order,
 
 1. pointwise, if PyTorch tags it so (`torch.Tag.pointwise`): see `pointwise`;
-2. taken apart into smaller ops, if PyTorch defines it by them;
+2. decomposed into smaller ops, if PyTorch defines it by them;
 3. **pinned**: nothing that enters it is pruned, and the report says so.
 
 What each rule couples, op by op, is the table in `tests/test_rules.py`. The columns behind the
 rule:
 
-| column | says |
+| column | meaning |
 | --- | --- |
 | in order | whether it commutes with removal: yes, no, or by its arguments |
 | MACs | whether multiply-accumulates are counted |
@@ -41,29 +41,31 @@ def page() -> str:
     rules = len({row.rule for row in rows if row.rule is not None})
     lines = [HEAD, f"{len(rows)} ops, {rules} rules."]
     for family in FAMILIES:
-        said = (import_module(f"fxprune.ops.{family}").__doc__ or "").strip().partition("\n\n")[0]
-        lines += ["", f"## {family}", "", " ".join(said.split()), "", *_table(families[family])]
+        summary = (
+            (import_module(f"fxprune.ops.{family}").__doc__ or "").strip().partition("\n\n")[0]
+        )
+        lines += ["", f"## {family}", "", " ".join(summary.split()), "", *_table(families[family])]
     without = families[""]
     lines += [
         "",
         "## without a rule",
         "",
-        "They are taken apart, or pinned.",
+        "They are decomposed, or pinned.",
         "",
         *_table(without),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _family(own: Op) -> str:
-    return "" if own.rule is None else own.rule.__module__.rsplit(".", 1)[-1]
+def _family(row: Op) -> str:
+    return "" if row.rule is None else row.rule.__module__.rsplit(".", 1)[-1]
 
 
 def _table(rows: list[Op]) -> list[str]:
     """Lines of a table, with the ops of which the same is known in one."""
     alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for own in rows:
-        alike[_cells(own)].append(own.name)
+    for row in rows:
+        alike[_cells(row)].append(row.name)
     lines = ["| op | rule | in order | MACs | shape | literals | also |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for cells, names in sorted(alike.items(), key=lambda item: min(item[1])):
@@ -72,16 +74,16 @@ def _table(rows: list[Op]) -> list[str]:
     return lines
 
 
-def _cells(own: Op) -> tuple[str, ...]:
+def _cells(row: Op) -> tuple[str, ...]:
     in_order = (
-        {True: "yes", False: ""}[own.in_order] if own.in_order in (True, False) else "by arguments"
+        {True: "yes", False: ""}[row.in_order] if row.in_order in (True, False) else "by arguments"
     )
-    also = [own.axes.name.lower() + " axes"] if own.axes else []
-    also += [str(trait.name).lower().replace("_", " ") for trait in Trait if trait in own.traits]
-    also += ["counts removed elements"] if own.counting else []
-    also += ["statistics over survivors"] if own.survivors else []
-    known = (own.macs, own.shape, own.corrects)
-    return own.doc, in_order, *("yes" if fact else "" for fact in known), ", ".join(also)
+    also = [row.axes.name.lower() + " axes"] if row.axes else []
+    also += [str(trait.name).lower().replace("_", " ") for trait in Trait if trait in row.traits]
+    also += ["counts removed elements"] if row.counting else []
+    also += ["statistics over survivors"] if row.survivors else []
+    known = (row.macs, row.shape, row.corrects)
+    return row.doc, in_order, *("yes" if fact else "" for fact in known), ", ".join(also)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Otherwise the tensor in which the axis is split would not stay rectangular.
 
-A *sighting* is a field that varies along several dimensions of some tensor. Along one of these
+A *rectangle* is a field that varies along several dimensions of some tensor. Along one of these
 dimensions, the *shrinking* one, every row must keep the same number of positions. This module
 decides which dimension shrinks and collects the rows into blocks. Sometimes rows cannot be pruned
 independently: their survivors would change order, or two splits disagree. Then it ties the rows,
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fxprune.labels import Array, compact, varied
-from fxprune.ops import Context, Sighting
+from fxprune.ops import Context, Rectangle
 
 __all__ = ["Balance", "resolve", "shrinking_dim"]
 
@@ -44,7 +44,7 @@ class Balance:
 
 
 def resolve(context: Context) -> Balance:
-    """Return the balance constraints that follow from all sightings of a run.
+    """Return the balance constraints that follow from all rectangles of a run.
 
     Units are united and pinned in ``context`` until every split can be satisfied.
     """
@@ -54,9 +54,9 @@ def resolve(context: Context) -> Balance:
         blocks = 0
         splits: list[Array] = []
         seen: set[bytes] = set()
-        for sighting in context.sightings:
-            with context.at(sighting.node):
-                rows = _rows(context, sighting, block)
+        for rectangle in context.rectangles:
+            with context.at(rectangle.node):
+                rows = _rows(context, rectangle, block)
             if rows is None:
                 continue
             key = np.sort(rows.ravel()).tobytes() + rows.shape[0].to_bytes(8, "little")
@@ -73,21 +73,21 @@ def resolve(context: Context) -> Balance:
             return balance
 
 
-def _rows(context: Context, sighting: Sighting, block: Array) -> Array | None:
+def _rows(context: Context, rectangle: Rectangle, block: Array) -> Array | None:
     """Return the units of each row along the shrinking dimension, sorted.
 
     Return None if nothing is split here, or nothing any more, because units were tied or pinned.
     """
-    labels = compact(context.units.live(sighting.labels))
+    labels = compact(context.units.live(rectangle.labels))
     dims = varied(labels)
     if not labels.any():
         return None
-    free = [d for d in dims if d not in sighting.fixed]
+    free = [d for d in dims if d not in rectangle.fixed]
     if len(dims) <= 1 or not free:
-        _pin_unsplit(context, sighting, labels)
+        _pin_unsplit(context, rectangle, labels)
         return None
     shrink = _choose(labels, free, block)
-    if _keep_order(context, sighting, labels, shrink):
+    if _keep_order(context, rectangle, labels, shrink):
         return None
     rows = np.moveaxis(labels, shrink, -1).reshape(-1, labels.shape[shrink])
     rows = np.sort(rows, axis=1)
@@ -102,29 +102,29 @@ def _rows(context: Context, sighting: Sighting, block: Array) -> Array | None:
     return units
 
 
-def _pin_unsplit(context: Context, sighting: Sighting, labels: Array) -> None:
+def _pin_unsplit(context: Context, rectangle: Rectangle, labels: Array) -> None:
     """Pin labels that are not split (any more) if they lie on fixed dimensions, or are one."""
     if labels.size == 1:
         context.pin(labels, "its removal would empty a tensor")
     elif len(varied(labels)) > 1:
         context.pin(labels, "lies on axes of fixed size only")
-    elif varied(labels)[0] in sighting.fixed:
+    elif varied(labels)[0] in rectangle.fixed:
         context.pin(labels, "would remove whole blocks of an axis that is split")
 
 
-def _keep_order(context: Context, sighting: Sighting, labels: Array, shrink: int) -> bool:
+def _keep_order(context: Context, rectangle: Rectangle, labels: Array, shrink: int) -> bool:
     """Tie labels whose survivors would change order, and tell whether there are any.
 
     A reshape lays merged dimensions out one after the other. If an outer one shrinks, survivors
     come in another order than in the original. So the smaller side is tied.
     """
-    if shrink not in sighting.merged:
+    if shrink not in rectangle.merged:
         return False
-    inner = [d for d in sighting.merged if d in varied(labels) and d > shrink]
+    inner = [d for d in rectangle.merged if d in varied(labels) and d > shrink]
     if not inner:
         return False
     inner_size = int(np.prod([labels.shape[d] for d in inner]))
-    is_outer_tied = inner_size > labels.shape[shrink] and not set(inner) & sighting.fixed
+    is_outer_tied = inner_size > labels.shape[shrink] and not set(inner) & rectangle.fixed
     context.tie(labels, [shrink] if is_outer_tied else inner)
     return True
 

@@ -122,7 +122,7 @@ class Labelling:
         """Trace the meta copy and label every node (see :func:`fxprune.trace.trace`)."""
         watch = self._watch("train." if training else "")
         for tensor in tensors_of((args, kwargs)):
-            self.context.is_input(tensor)
+            self.context.note_input(tensor)
         with self.context.at(""):
             traced = trace(self.meta_copy, args, kwargs, training=training, watch=watch)
         refuse_hooks(self.meta_copy.model)

@@ -43,14 +43,14 @@ class LabelMode(dispatch.DispatchMode):
         if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
             self.context.found.writes.add(self.context.node)
         if is_seen_whole(func):
-            self.context.found.noted = ()
+            self.context.found.current_statistic = ()
             out = self._execute(func, args, kwargs)
-            self.context.carry_causes(
+            self.context.note_causes(
                 dispatch.tensors_in(args, kwargs), dispatch.tensors_in((out,), {})
             )
             if takes_statistics(func) or torch.Tag.nondeterministic_seeded in func.tags:
                 self.context.found.events.append(
-                    Event(self.context.node, func, out, self.context.found.noted, self)
+                    Event(self.context.node, func, out, self.context.found.current_statistic, self)
                 )
             if self.context.weights is not None:
                 _follow_weights(self.context, self.context.weights, func, args, kwargs, out)
@@ -99,7 +99,7 @@ class LabelMode(dispatch.DispatchMode):
         """Label the result of an op by its rule."""
         ctx = self.context
         if row.of_user:
-            ctx.found.trusted.add(func._schema.name)
+            ctx.found.custom_rules.add(func._schema.name)
         try:
             row.follow(ctx, func, bound, out)
         except Exception as error:
@@ -126,7 +126,7 @@ def _follow_weights(
     A product with such a result reads the parameters' axes.
     """
     tensors = dispatch.tensors_in(args, kwargs)
-    if not tensors or not all(map(ctx.of_weights, tensors)):
+    if not tensors or not all(map(ctx.is_from_weights, tensors)):
         return
     for tensor in tensors:
         if tensor not in weights.records:

@@ -61,7 +61,7 @@ def couple(labelling: Labelling, share: Fraction = Fraction(1)) -> Coupling:
 def _settle(context: Context) -> Balance:
     """Resolve all splits and bring all labels up to date, until nothing changes any more."""
     # What follows from all splits together is attributed to the last one.
-    with context.at(context.sightings[-1].node if context.sightings else ""):
+    with context.at(context.rectangles[-1].node if context.rectangles else ""):
         while True:
             balance = resolve(context)
             version = context.units.version
@@ -106,7 +106,7 @@ def _of_python(ran: Contraction, context: Context, share: Fraction) -> Contracti
 
     If Python sees one of its tensors at full width, the tensors carry no labels.
     """
-    wide = context.found.wide[0] if context.found.wide else np.zeros(0, dtype=np.int64)
+    wide = context.found.full_width[0] if context.found.full_width else np.zeros(0, dtype=np.int64)
     fields = [f for tensor in ran.tensors for f in context.fields(tensor)]
     is_wide = any(np.isin(f.labels, wide).any() for f in fields)
 

@@ -236,7 +236,7 @@ class Coupling:
 
         They do because Python code that is not traced has to see them at full width.
         """
-        wide = self.context.found.wide
+        wide = self.context.found.full_width
         if not wide:
             return []
         found = [array for array in self.labels(tensor) if np.isin(array, wide[0]).any()]
@@ -323,7 +323,7 @@ class Coupling:
         channels = 2 if is_convolution(ran.func) else None  # the other axes are the kernel's
         axes = []
         for weight in ran.read:
-            if weight.dim() > 1 and self.context.of_weights(weight):
+            if weight.dim() > 1 and self.context.is_from_weights(weight):
                 sizes = enumerate(weight.shape[:channels])
                 axes += [(weight, dim) for dim, size in sizes if size > 1]
         return axes

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from fxprune.labels import Field
 from fxprune.ops.context import Context
-from fxprune.ops.records import READS_INPUT, Contraction, Event, Record, Sighting
+from fxprune.ops.records import READS_INPUT, Contraction, Event, Record, Rectangle
 from fxprune.ops.table import (
     OPS,
     Axes,
@@ -56,7 +56,7 @@ __all__ = [
     "Kind",
     "Op",
     "Record",
-    "Sighting",
+    "Rectangle",
     "Trait",
     "bind",
     "exact_row",

@@ -101,7 +101,7 @@ class Context(Labelled):
             Pairs of an operand and its summed dimensions.
         """
         weights = self.weights
-        of_weights = [self.of_weights(tensor) for tensor, _ in operands]
+        of_weights = [self.is_from_weights(tensor) for tensor, _ in operands]
         for (tensor, dims), of_weight in zip(operands, of_weights, strict=True):
             record = self.records.get(tensor)
             if record is not None and record.axes:
@@ -109,7 +109,7 @@ class Context(Labelled):
             elif weights is not None and tensor is not None and of_weight and not all(of_weights):
                 self.found.summed_axes.update(weights._axes_behind(tensor, set(dims)))
 
-    def of_weights(self, tensor: Any) -> bool:
+    def is_from_weights(self, tensor: Any) -> bool:
         """Tell whether a tensor is a parameter or buffer, or computed from these alone."""
         record = self.records.get(tensor)
         return bool(record and record.axes) or (
@@ -184,7 +184,7 @@ class Context(Labelled):
             The fields of the result, each with the operands in which it is zero.
         """
         order = sorted(range(len(operands)), key=lambda i: len(operands[i].unlabelled) > 0)
-        reads = any(self.of_weights(operand.source) for operand in operands)
+        reads = any(self.is_from_weights(operand.source) for operand in operands)
         merged = _Merged(read=set(summed) if reads else set())
         for i in order:
             self._merge_one(merged, operands[i], i, rank)
@@ -226,7 +226,7 @@ class Context(Labelled):
             for f in [f for f in free if f.dims & dims]:
                 self.pin(f.labels, "acts on whole blocks of a channel axis that is split")
                 free.remove(f)
-            self.sight(met.labels, fixed=common)
+            self.require_rectangle(met.labels, fixed=common)
             yield met
 
     def _label_from(
@@ -258,7 +258,7 @@ class Context(Labelled):
             elif f.dims <= merged.sized:
                 self.pin(f.labels, self.why_fixed(merged.sources, read=f.dims <= merged.read))
             else:
-                self.sight(f.labels, fixed=common)
+                self.require_rectangle(f.labels, fixed=common)
                 yield Met(f.labels, {index: f.zero})
 
     def _more_useful(self, a: Array, b: Array) -> Array:
@@ -316,7 +316,7 @@ class Context(Labelled):
                 if not zero:
                     self.pin(met.labels, "is summed although removed elements are not zero")
                 elif dims - summed:
-                    self.sight(met.labels, fixed=dims - summed)
+                    self.require_rectangle(met.labels, fixed=dims - summed)
             elif dims:
                 out.append(Field(met.labels, zero))
         return out
@@ -327,10 +327,10 @@ class Context(Labelled):
             [(o.tensor, [d for d, v in enumerate(o.dims) if v in summed]) for o in operands]
         )
         for o in operands:
-            if o.dims and self.of_weights(o.tensor):
+            if o.dims and self.is_from_weights(o.tensor):
                 kept = [d for d, v in enumerate(o.dims) if v not in summed]
                 self.note_kept_axes(o.tensor, kept)
-        if len(operands) > 1 and not any(self.of_weights(o.tensor) for o in operands):
+        if len(operands) > 1 and not any(self.is_from_weights(o.tensor) for o in operands):
             for f in [f for operand in operands for f in operand.fields]:
                 if f.dims & summed and f.dims - summed:
                     self.found.heads.append((f.labels, sorted(f.dims & summed)))

@@ -77,7 +77,7 @@ def convolution(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         labels = _first_use(ctx, record, x, incoming, groups)
     else:
         labels = _general(ctx, x, w, incoming, groups, transposed)
-    if ctx.of_weights(w):
+    if ctx.is_from_weights(w):
         ctx.note_kept_axes(w, [1 if transposed else 0])
     fields = [Field(place(array, (channel,), out.dim()), zero) for array, zero in labels]
     if a["bias"] is not None:
@@ -170,7 +170,7 @@ def _first_use(
         return _label_depthwise(ctx, record, x, incoming)
     fresh = ctx.label_anew(record, 0).labels.reshape(-1)
     if groups > 1:
-        ctx.sight(fresh.reshape(groups, outputs), fixed={0})
+        ctx.require_rectangle(fresh.reshape(groups, outputs), fixed={0})
     return [(fresh, True)]
 
 
@@ -186,7 +186,7 @@ def _label_input_axis(ctx: Context, record: Record, labels: Array, groups: int) 
         blocks = labels.reshape(groups, 1, inputs)
         rows = np.broadcast_to(blocks, (groups, outputs // groups, inputs))
         rows = rows.reshape(outputs, inputs)
-        ctx.sight(labels.reshape(groups, inputs), fixed={0})
+        ctx.require_rectangle(labels.reshape(groups, inputs), fixed={0})
     else:
         rows = labels.reshape(1, inputs)
     ctx.label_axis(record, 1, np.ascontiguousarray(rows).reshape(*rows.shape, *tail))
@@ -230,7 +230,7 @@ def _general(
     for f in ctx.contract([left, right], 3, {INPUT}):
         rows = np.broadcast_to(f.labels, (groups, 1, outputs)).reshape(groups, outputs)
         if groups > 1 and {GROUP, OUTPUT} <= f.dims:
-            ctx.sight(rows, fixed={0} if inputs > 1 else ())
+            ctx.require_rectangle(rows, fixed={0} if inputs > 1 else ())
         result.append((np.ascontiguousarray(rows).reshape(-1), f.zero))
     return result
 

@@ -37,7 +37,7 @@ def _select_position(ctx: Context, fields: Sequence[Field], dim: int, index: int
             ctx.pin(picked, "is read by its position")
             continue
         if dim in f.dims:
-            ctx.sight(f.labels, fixed={dim})
+            ctx.require_rectangle(f.labels, fixed={dim})
             picked = compact(picked)
         out.append(Field(picked, f.zero))
     return out
@@ -72,7 +72,7 @@ def _cut(ctx: Context, f: Field, dim: int, start: int, stop: int) -> list[Field]
         # every row must lose the same number before, inside and behind the range
         for part in (before, behind):
             if part.size and len(varied(part)) > 1:
-                ctx.sight(part)
+                ctx.require_rectangle(part)
     return _unless_single(ctx, compact(labels), f.zero) if labels.size else []
 
 
@@ -123,7 +123,9 @@ _split = functools.partial(moves, axes=Axes.CUT, corrects=literals.split_literal
 
 
 @_split("split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit")
-@_split("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", traits=Trait.MAY_GIVE_BACK)
+@_split(
+    "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", traits=Trait.MAY_RETURN_ARGUMENT
+)
 def split(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Divide the labels into consecutive ranges."""
     x = a["self"]
@@ -147,7 +149,7 @@ def roll(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             if d in f.dims:
                 labels = np.roll(labels, shift, axis=d)
                 if len(f.dims) > 1:
-                    ctx.sight(f.labels, fixed={d})
+                    ctx.require_rectangle(f.labels, fixed={d})
         moved.append(Field(labels, f.zero))
     ctx.put(out, moved)
 

@@ -27,7 +27,7 @@ class Found:
         All ops that cost multiply-accumulates.
     statistics:
         (Node, index of the statistic in it) -> labels whose removed elements leave the statistic.
-    noted:
+    current_statistic:
         For the op that runs now: labels of its input over which it takes statistics.
     rescaled:
         Node that is a mean or a variance -> labels of the averaged elements.
@@ -47,11 +47,11 @@ class Found:
     heads:
         Labels of activations whose product is summed over some of their dimensions only, with
         those dimensions: the channels of attention heads.
-    pairs:
+    keep_two:
         Labels of which every block keeps two, because one value alone has no statistic.
-    wide:
+    full_width:
         Labels of axes that untraced Python code must see at full width.
-    trusted:
+    custom_rules:
         Ops whose rules the user registered. Models with such ops are proved.
     """
 
@@ -59,7 +59,7 @@ class Found:
     events: list[Event] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     statistics: dict[tuple[str, int], list[Array]] = field(default_factory=dict)
-    noted: tuple[Array, ...] = ()
+    current_statistic: tuple[Array, ...] = ()
     rescaled: dict[str, list[Array]] = field(default_factory=dict)
     moved: set[str] = field(default_factory=set)
     positional: set[str] = field(default_factory=set)
@@ -68,9 +68,9 @@ class Found:
     summed_groups: set[str] = field(default_factory=set)
     scale_axes: set[int] = field(default_factory=set)
     heads: list[tuple[Array, list[int]]] = field(default_factory=list)
-    pairs: list[Array] = field(default_factory=list)
-    wide: list[Array] = field(default_factory=list)
-    trusted: set[str] = field(default_factory=set)
+    keep_two: list[Array] = field(default_factory=list)
+    full_width: list[Array] = field(default_factory=list)
+    custom_rules: set[str] = field(default_factory=set)
     _statistics_in_node: dict[str, int] = field(default_factory=dict)
 
     def note_statistic(self, node: str, labels: list[Array], taken: bool) -> None:
@@ -78,7 +78,7 @@ class Found:
 
         ``taken=False`` means that the op takes it in the other mode only (training or evaluation).
         """
-        self.noted = tuple(labels)
+        self.current_statistic = tuple(labels)
         index = self._statistics_in_node.get(node, 0)
         self._statistics_in_node[node] = index + 1
         if labels and taken:

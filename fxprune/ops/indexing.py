@@ -29,7 +29,7 @@ def embedding(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, [Field(f.labels.reshape(form), f.zero) for f in passing])
 
 
-@op("index", traits=Trait.FINDS_BY_INDEX, shape=shapes.index_shape)
+@op("index", traits=Trait.SELECTS_BY_INDEX, shape=shapes.index_shape)
 def index(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Pin the indexed dimensions of ``x[i, :, j]``; the other dimensions keep their labels."""
     x = a["self"]
@@ -108,5 +108,5 @@ def gather(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             ctx.pin_all(ctx.fields(value), "is read by indices")
 
 
-row("nonzero", "nonzero_numpy", "argwhere", traits=Trait.FINDS)
-row("masked_select", traits=Trait.FINDS_BY_INDEX)
+row("nonzero", "nonzero_numpy", "argwhere", traits=Trait.SELECTS_BY_MASK)
+row("masked_select", traits=Trait.SELECTS_BY_INDEX)

@@ -16,7 +16,7 @@ from fxprune.ops.records import (
     INPUT,
     READS_INPUT,
     Record,
-    Sighting,
+    Rectangle,
     first_reason,
     refuse_rank,
     same_fields,
@@ -37,7 +37,7 @@ class Labelled:
         What is known about each tensor.
     node, target:
         Name and target of the fx node that runs now.
-    sightings:
+    rectangles:
         Fields that vary along several dimensions.
     reasons:
         Reasons of pins, each with the name of its node. A reason's number is its index.
@@ -57,7 +57,7 @@ class Labelled:
         self.records: IdentityMap[Tensor, Record] = IdentityMap()
         self.node = ""
         self.target: Any = None
-        self.sightings: list[Sighting] = []
+        self.rectangles: list[Rectangle] = []
         self._seen: set[tuple[Any, ...]] = set()
         self.reasons: list[tuple[str, str]] = [
             ("", ""),
@@ -214,7 +214,7 @@ class Labelled:
             return
         for f in kept:
             if len(f.dims) > 1:
-                self.sight(f.labels)
+                self.require_rectangle(f.labels)
         self.records[tensor] = Record(tensor, kept, base=root)
 
     def give(self, out: Tensor, fields: Iterable[Field], dims: Sequence[int]) -> None:
@@ -278,7 +278,7 @@ class Labelled:
         record.unlabelled.discard(axis)
         self.fixed_axes.setdefault(record.axes[axis], self._reason(why))
 
-    def is_input(self, tensor: Tensor) -> None:
+    def note_input(self, tensor: Tensor) -> None:
         """Note that a tensor is an input of the model."""
         self.causes[tensor] = {None: INPUT}
 
@@ -289,7 +289,7 @@ class Labelled:
         """
         self._layer_reason = first_reason((self._layer_reason or 0, self.cause(weight, dims)))
 
-    def carry_causes(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    def note_causes(self, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """Note, after an op, why its results may lack labels.
 
         For a layer it is the reason of its weight (:meth:`note_kept_axes`). For any other op it is
@@ -422,12 +422,12 @@ class Labelled:
                 self.pin(f.labels, why)
         return kept
 
-    def sight(
+    def require_rectangle(
         self, labels: Array, fixed: Iterable[int] = (), merged: tuple[int, ...] = ()
     ) -> None:
         """Note that labels vary along several dimensions, so survivors must form a rectangle.
 
-        ``fixed`` and ``merged`` are those of :class:`~fxprune.ops.records.Sighting`.
+        ``fixed`` and ``merged`` are those of :class:`~fxprune.ops.records.Rectangle`.
         """
         if not self.units.pinning:
             return  # a check of an emitted model: its survivors form rectangles already
@@ -436,7 +436,7 @@ class Labelled:
         key = (labels.shape, hash(labels.tobytes()), fixed, merged)
         if key not in self._seen:
             self._seen.add(key)
-            self.sightings.append(Sighting(labels, fixed, merged, self.node))
+            self.rectangles.append(Rectangle(labels, fixed, merged, self.node))
 
     def _reason(self, why: str | tuple[str, str]) -> int:
         """Return the number of a reason, which is new if need be."""

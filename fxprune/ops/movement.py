@@ -154,7 +154,7 @@ def diagonal(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.put(out, passing, base=x)
 
 
-row("dim", "is_complex", "is_floating_point", "get_device", traits=Trait.ASKS)
+row("dim", "is_complex", "is_floating_point", "get_device", traits=Trait.READS_KIND)
 row(
     "size",
     "numel",
@@ -168,7 +168,7 @@ row(
     "sym_stride",
     "sym_storage_offset",
     "sym_is_contiguous",
-    traits=Trait.ASKS_SIZES,
+    traits=Trait.READS_SIZES,
 )
 row("allclose", "equal", "is_nonzero", "item", traits=Trait.READS_VALUES)
 row("adjoint", axes=Axes.PERMUTED)
@@ -185,5 +185,5 @@ row(
     "to_dense",
     "to_dense_backward",
     "to_mkldnn_backward",
-    traits=Trait.MAY_GIVE_BACK,
+    traits=Trait.MAY_RETURN_ARGUMENT,
 )

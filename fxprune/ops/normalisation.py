@@ -100,10 +100,10 @@ def group_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     if shared:
         # F.group_norm rejects a batch of one if a group has a single value
         if x.shape[2:].numel() == 1:
-            ctx.found.pairs += [f.labels for f in fields]
+            ctx.found.keep_two += [f.labels for f in fields]
         for f in fields:
             if groups > 1:
-                ctx.sight(f.labels.reshape(groups, -1), fixed={0})
+                ctx.require_rectangle(f.labels.reshape(groups, -1), fixed={0})
         fields = [Field(f.labels, False) for f in fields]
     ctx.put(out, _scale_and_shift(ctx, x, fields, [a["weight"], a["bias"]], 1))
 
@@ -119,7 +119,7 @@ def layer_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     ctx.statistic([f.labels for f in fields if f.dims & inside])
     for f in fields:
         if f.dims & inside and f.dims - inside:
-            ctx.sight(f.labels, fixed=f.dims - inside)
+            ctx.require_rectangle(f.labels, fixed=f.dims - inside)
     ctx.note_scale(a["weight"])
     given = [p for p in (a["weight"], a.get("bias")) if p is not None]
     operands = [ctx.operand(x, range(rank), rank), *(ctx.operand(p, dims, rank) for p in given)]
@@ -150,7 +150,7 @@ def weight_norm(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
             ctx.pin(f.labels, "is summed although removed elements are not zero")
             continue
         if len(f.dims) > 1 and dim in f.dims:
-            ctx.sight(f.labels, fixed={dim})
+            ctx.require_rectangle(f.labels, fixed={dim})
         fields.append(f)
     weight, norm = out if isinstance(out, tuple) else (out, None)
     ctx.put(weight, fields)

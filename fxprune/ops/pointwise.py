@@ -183,14 +183,14 @@ def bernoulli(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         ctx.put(out, [Field(f.labels, False) for f in ctx.fields(out)])
 
 
-@computes("dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK, shape=like_first_shape)
+@computes("dropout", axes=Axes.SAME, traits=Trait.MAY_RETURN_ARGUMENT, shape=like_first_shape)
 @computes("native_dropout", "rrelu")
 def dropped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Multiply by random factors; zeros stay zero."""
     _randomised(ctx, a, out, keeps_zeros=True)
 
 
-@computes("alpha_dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK)
+@computes("alpha_dropout", axes=Axes.SAME, traits=Trait.MAY_RETURN_ARGUMENT)
 def shifted(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Multiply by random factors and shift; zeros do not stay zero."""
     _randomised(ctx, a, out, keeps_zeros=False)
@@ -232,7 +232,7 @@ def _overwritten(ctx: Context, a: dict[str, Any], out: Tensor, zero: bool) -> No
 
 
 @computes("to", axes=Axes.SAME, traits=Trait.READS_DTYPE | Trait.BY_LAYOUT)
-@computes("type_as", axes=Axes.SAME, traits=Trait.READS_DTYPE | Trait.MAY_GIVE_BACK)
+@computes("type_as", axes=Axes.SAME, traits=Trait.READS_DTYPE | Trait.MAY_RETURN_ARGUMENT)
 @computes("_to_copy", axes=Axes.SAME)
 def cast(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """Keep the labels: the values are the same in another dtype or on another device."""
@@ -270,13 +270,13 @@ def glu(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
         first, second = np.split(f.labels, [half], axis=dim)
         ctx.unite(first, second)
         if len(f.dims) > 1:
-            ctx.sight(first)
+            ctx.require_rectangle(first)
         fields.append(Field(first, f.zero))
     ctx.put(out, fields)
 
 
 row("_prelu_kernel", shape=shapes.pointwise_shape)
 row("tril", "triu", shape=shapes.triangle_shape)
-row("feature_dropout", axes=Axes.SAME, traits=Trait.MAY_GIVE_BACK)
-row("feature_alpha_dropout", traits=Trait.MAY_GIVE_BACK)
-row("where", traits=Trait.FINDS)  # with one argument
+row("feature_dropout", axes=Axes.SAME, traits=Trait.MAY_RETURN_ARGUMENT)
+row("feature_alpha_dropout", traits=Trait.MAY_RETURN_ARGUMENT)
+row("where", traits=Trait.SELECTS_BY_MASK)  # with one argument

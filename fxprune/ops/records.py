@@ -23,7 +23,7 @@ __all__ = [
     "Met",
     "Operand",
     "Record",
-    "Sighting",
+    "Rectangle",
     "as_torch",
     "first_reason",
     "from_torch",
@@ -87,7 +87,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sighting:
+class Rectangle:
     """A field that varies along several dimensions, whose survivors must form a rectangle.
 
     Attributes
@@ -225,7 +225,7 @@ class Event:
         The node that executed it, and the op.
     out:
         Its result: a tensor, or several.
-    gone:
+    removed_labels:
         For statistics: labels of the input whose removed elements leave the statistics.
     run:
         An object that identifies the run; a part that is called several times has several runs.
@@ -234,7 +234,7 @@ class Event:
     node: str
     op: Any
     out: Any
-    gone: tuple[Array, ...]
+    removed_labels: tuple[Array, ...]
     run: object
 
 

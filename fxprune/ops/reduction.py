@@ -83,7 +83,7 @@ def _reduce(ctx: Context, f: Field, reduced: set[int], verb: str, counts: bool) 
         ctx.pin(f.labels, f"{verb} inside a larger operation, whose divisor cannot be kept")
     else:
         if f.dims - reduced:
-            ctx.sight(f.labels, fixed=f.dims - reduced)
+            ctx.require_rectangle(f.labels, fixed=f.dims - reduced)
         if counts:
             ctx.found.rescaled.setdefault(ctx.node, []).append(f.labels)
 

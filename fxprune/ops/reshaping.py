@@ -97,7 +97,7 @@ def _note_merged(ctx: Context, labels: Array, dims: Sequence[int]) -> None:
     """Note dimensions that a reshape merges or splits, if labels vary on several of them."""
     varying = tuple(d for d in dims if labels.shape[d] > 1)
     if len(varying) > 1:
-        ctx.sight(labels, merged=varying)
+        ctx.require_rectangle(labels, merged=varying)
 
 
 def _with_leading(labels: Array, count: int) -> Array:

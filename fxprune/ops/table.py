@@ -134,7 +134,7 @@ class Trait(Flag):
     """Expands dimensions of size 1; the new ones shrink with what they meet."""
     STATISTIC = auto()
     """A mean or a variance, in which the emitted graph can count the removed elements."""
-    MAY_GIVE_BACK = auto()
+    MAY_RETURN_ARGUMENT = auto()
     """Returns its argument or a part of it in some cases, although its schema does not say so."""
     BY_LAYOUT = auto()
     """Returns a view, a copy or an error, depending on its argument's memory layout."""
@@ -142,16 +142,16 @@ class Trait(Flag):
     """Reads only the shape, the dtype and the device of its argument."""
     READS_DTYPE = auto()
     """Reads only the dtype and the device of its other argument."""
-    ASKS = auto()
+    READS_KIND = auto()
     """Returns a tensor's dtype, device or number of dimensions."""
-    ASKS_SIZES = auto()
+    READS_SIZES = auto()
     """Returns something that follows from a tensor's sizes or memory layout."""
     READS_VALUES = auto()
     """Passes values of a tensor to Python, as a truth value or a number."""
-    FINDS = auto()
+    SELECTS_BY_MASK = auto()
     """Returns what a mask, its first argument, selects; the result may be empty."""
-    FINDS_BY_INDEX = auto()
-    """Like FINDS, with the mask as the second argument or as the first entry of a list there."""
+    SELECTS_BY_INDEX = auto()
+    """Like SELECTS_BY_MASK; the mask is the second argument or the first entry of a list there."""
     FROM_THE_END = auto()
     """Works on the last dimensions, however many come before them."""
     COUNTS_ALL = auto()

@@ -172,7 +172,7 @@ def _least_for_statistics(coupling: Coupling, pools: Sequence[Pool]) -> list[int
     """
     context = coupling.context
     needed = np.zeros(context.units.count, dtype=bool)
-    for labels in context.found.pairs:
+    for labels in context.found.keep_two:
         needed[context.units.live(labels)] = True
     return [min(2, pool.width) if needed[pool.labels].any() else 1 for pool in pools]
 

@@ -178,7 +178,7 @@ def _is_operator(node: fx.Node) -> bool:
 def _op_makes_new(name: str) -> bool:
     """Tell whether an ATen operation of this name exists and returns new memory by its schemas."""
     packet = getattr(torch.ops.aten, name, None)
-    if packet is None or has_trait(name, Trait.MAY_GIVE_BACK):
+    if packet is None or has_trait(name, Trait.MAY_RETURN_ARGUMENT):
         return False
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
     results = [entry for schema in schemas if not schema.is_mutable for entry in schema.returns]
@@ -221,7 +221,7 @@ def _torch_class(module: nn.Module) -> type:
 def _reads_values(node: fx.Node) -> bool:
     """Tell whether a call reads the values of a tensor, not only its shape, dtype or device."""
     name = name_of(node)
-    return name != "getattr" and not has_trait(name, Trait.ASKS | Trait.ASKS_SIZES)
+    return name != "getattr" and not has_trait(name, Trait.READS_KIND | Trait.READS_SIZES)
 
 
 def squeezes_all(node: fx.Node) -> bool:

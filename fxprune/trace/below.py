@@ -62,7 +62,7 @@ class BelowPython(Guarded):
             args, kwargs = self._with_examples((args, kwargs))
             return func(*args, **kwargs)
         # a question about shape or layout is answered, not recorded
-        if has_trait(name_of_op(func), Trait.ASKS | Trait.ASKS_SIZES):
+        if has_trait(name_of_op(func), Trait.READS_KIND | Trait.READS_SIZES):
             return self._answer_layout(func, *args)
         if self._differentiates:
             self._guard_all_inputs()

@@ -211,7 +211,7 @@ def decisive_dims(graph: Any) -> frozenset[Any] | None:
         space, _, name = node.kind().partition("::")
         if space not in ("aten", "prim") or (space == "prim" and name not in _PLAIN_NODES):
             return None
-        if space == "prim" or has_trait(name, Trait.ASKS) or name in _IDENTITY:
+        if space == "prim" or has_trait(name, Trait.READS_KIND) or name in _IDENTITY:
             continue
         if name in ("size", "len", "numel") and _is_tensor(node.inputsAt(0)):
             asked |= _decisive(node.output(), _dims_read_by(node))

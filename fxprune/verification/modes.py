@@ -148,7 +148,9 @@ def events_of(coupling: Coupling) -> dict[str, list[Event]]:
 
 def lose_elements(events: Iterable[Event], survivors: Survivors) -> bool:
     """Tell whether the statistics of some event lose elements."""
-    return any(not survivors.mask(event.gone).all() for event in events if event.gone)
+    return any(
+        not survivors.mask(event.removed_labels).all() for event in events if event.removed_labels
+    )
 
 
 def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: Survivors) -> Any:
@@ -162,7 +164,7 @@ def _over_survivors(func: Any, args: Any, kwargs: Any, event: Event, survivors: 
     NotFollowedError
         If the dimensions of the removed elements cannot be determined.
     """
-    mask = survivors.mask(event.gone)
+    mask = survivors.mask(event.removed_labels)
     if mask.all():
         return None
     rank, name = args[0].dim(), name_of_op(func)

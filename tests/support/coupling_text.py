@@ -205,19 +205,19 @@ class _Text:
 
     def conditions(self) -> str:
         rectangles: dict[str, tuple[list[str], set[int], set[int]]] = {}
-        for sighting in self.context.sightings:
-            labels = self.units.live(sighting.labels)
+        for rectangle in self.context.rectangles:
+            labels = self.units.live(rectangle.labels)
             factors: list[list[_Factor]] = [[] for _ in labels.shape]
             self._add(factors, labels, True)
             dims = [d for d, own in enumerate(factors) if own]
             if len(dims) > 1 and labels.any():
                 texts = [_axis(labels.shape[d], factors[d]) for d in dims]
                 _, fixed, merged = rectangles.setdefault(",".join(texts), (texts, set(), set()))
-                fixed |= {i for i, d in enumerate(dims) if d in sighting.fixed}
+                fixed |= {i for i, d in enumerate(dims) if d in rectangle.fixed}
                 merged |= {
                     i
                     for i, d in enumerate(dims)
-                    if d in sighting.merged and dims[i - 1] in sighting.merged and i
+                    if d in rectangle.merged and dims[i - 1] in rectangle.merged and i
                 }
         full = [
             "".join(

@@ -100,7 +100,7 @@ class LabelledMemory:
     def keep_wide(self, tensors: Collection[Tensor]) -> None:
         """Note that Python code has to see these tensors at full width."""
         for tensor in tensors:
-            self.context.found.wide += [f.labels for f in self.context.fields(tensor)]
+            self.context.found.full_width += [f.labels for f in self.context.fields(tensor)]
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is a parameter or buffer of the model.

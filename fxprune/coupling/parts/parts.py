@@ -177,7 +177,7 @@ class Parts:
     def _note_inputs(self, args: Any, kwargs: Any) -> None:
         """Note the tensors that the model itself is called with."""
         for tensor in tensors_of((args, kwargs)):
-            self.context.is_input(tensor)
+            self.context.note_input(tensor)
 
     def _share_labels(self, real: nn.Module, mode: RealMode) -> None:
         """Give the parameters of a model with data the labels of those of the meta copy."""
@@ -224,14 +224,14 @@ class Parts:
                 for passed in self._passed:
                     why = f"passes Python code that decides by {self._by}"
                     ctx.pin_all(ctx.fields(passed.tensor), why)
-        labels = [ctx.units.live(array).ravel() for array in ctx.found.wide]
+        labels = [ctx.units.live(array).ravel() for array in ctx.found.full_width]
         wide = np.unique(np.concatenate([np.zeros(0, np.int64), *labels]))
         wide, before = wide[wide > 0], -1
         while len(wide) != before:
             before = len(wide)
             for passed in self._passed:
                 wide = self._widened(passed, wide)
-        ctx.found.wide = [wide]
+        ctx.found.full_width = [wide]
 
     def _widened(self, passed: _Passed, wide: Array) -> Array:
         """Return the wide labels, extended by those of a tensor if it has any of them."""
@@ -322,7 +322,7 @@ class Parts:
             self._stand_ins[real] = shape_of(real)
         made = self._stand_ins[real]
         fields = self.context.fields(real)
-        self.context.carry_causes([real], [made])
+        self.context.note_causes([real], [made])
         if fields:
             self.context.records[made] = Record(made, list(fields))
         return made

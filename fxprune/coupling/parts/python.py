@@ -120,7 +120,9 @@ class SizeReader(TorchFunctionMode):
             math.prod(self._sizes(args[0])[: 1 if name == "__len__" else None])
         if name in WHOLE:
             self.mode.memory.find_labels([args[0]])
-            self.mode.context.found.wide += [f.labels for f in self.mode.context.fields(args[0])]
+            self.mode.context.found.full_width += [
+                f.labels for f in self.mode.context.fields(args[0])
+            ]
         for width in _widths(_number_arguments(name, args, kwargs)):
             width.use()
         return self._call(func, name, args, kwargs)
@@ -148,7 +150,7 @@ class SizeReader(TorchFunctionMode):
         for dim in {dim for field in fields for dim in field.dims}:
             labels = [f.labels for f in fields if dim in f.dims]
             read = functools.partial(_live, context, labels)
-            sizes[dim] = Width(int(sizes[dim]), read, context.found.wide.extend)
+            sizes[dim] = Width(int(sizes[dim]), read, context.found.full_width.extend)
         return SizeTuple(sizes) if fields else torch.Size(sizes)
 
 
@@ -280,7 +282,7 @@ class RealMode(LabelMode):
         """Propagate labels through a call, and note labels whose full width the call needs."""
         ctx, tensors = self.context, tensors_in(args, kwargs)
         if rule is None:
-            ctx.found.wide += [f.labels for tensor in tensors for f in ctx.fields(tensor)]
+            ctx.found.full_width += [f.labels for tensor in tensors for f in ctx.fields(tensor)]
             return
         before = [f.labels for t in tensors for f in ctx.fields(t)]
         statistics = len(ctx.found.statistics)
@@ -292,8 +294,10 @@ class RealMode(LabelMode):
         if rule.kind is Kind.CREATES:
             self._unite_with_widths(out)
         elif not self._narrows(func, args, kwargs, rule, out, statistics):
-            ctx.found.wide += [*before, *(a for width in self.widths for a in width.labels)]
-            ctx.found.wide += [f.labels for leaf in tree_leaves(out) for f in ctx.fields(leaf)]
+            ctx.found.full_width += [*before, *(a for width in self.widths for a in width.labels)]
+            ctx.found.full_width += [
+                f.labels for leaf in tree_leaves(out) for f in ctx.fields(leaf)
+            ]
 
     def _unite_with_widths(self, made: Tensor) -> None:
         """Unite the labels of a new tensor with those of the widths that gave it its sizes.
@@ -306,7 +310,7 @@ class RealMode(LabelMode):
             for labels in equal:
                 self.context.unite(f.labels.ravel(), labels.ravel())
             if not equal:
-                self.context.found.wide.append(f.labels)
+                self.context.found.full_width.append(f.labels)
 
     def _note_with_elements(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Propagate labels through a call on tensors without elements.
@@ -324,7 +328,7 @@ class RealMode(LabelMode):
             self._note(func, ops.find_row(func), new_args, new_kwargs, made)
             pairs = list(zip(tree_leaves(out), tree_leaves(made), strict=True))
         except (RuntimeError, ValueError, IndexError, TypeError, FxpruneError):
-            ctx.found.wide += [f.labels for tensor in given for f in ctx.fields(tensor)]
+            ctx.found.full_width += [f.labels for tensor in given for f in ctx.fields(tensor)]
             pairs = [(leaf, None) for leaf in tree_leaves(out)]
         for leaf, stand_in in pairs:
             if isinstance(leaf, Tensor):
@@ -373,7 +377,7 @@ class RealMode(LabelMode):
             if has_sizes and f.labels.ndim == tensor.dim():
                 fitting.append(f)
             else:
-                self.context.found.wide.append(f.labels)
+                self.context.found.full_width.append(f.labels)
         self.context.put(tensor, fitting)
         self.memory.note([tensor], True)
 

@@ -99,7 +99,7 @@ class Questions(TorchFunctionMode):
         out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
         if func == Tensor.shape.__get__ or name in ("size", "numel", "nelement"):
             return out if args[0] in self.own else self._known(out)
-        if name not in _ATTRIBUTES and not has_trait(name, Trait.ASKS | Trait.ASKS_SIZES):
+        if name not in _ATTRIBUTES and not has_trait(name, Trait.READS_KIND | Trait.READS_SIZES):
             # if it returns None, it writes into its first argument
             self.step(name, (args, kwargs), out if out is not None else args[:1])
         return out
@@ -195,7 +195,7 @@ class Questions(TorchFunctionMode):
 
 
 _ATTRIBUTES = frozenset({"__get__", "__len__", "ndimension"})
-"""Methods that only ask about tensors, beside operations with ``Trait.ASKS`` and the like."""
+"""Methods that only ask about tensors, beside operations with such a trait (``READS_KIND``)."""
 
 _BRANCHES = frozenset({"COMPARE_OP", "CONTAINS_OP"})
 """Instructions whose comparisons are questions."""

@@ -294,8 +294,8 @@ class EmptyMasks(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = name_of_op(func)
-        by_index = has_trait(name, Trait.FINDS_BY_INDEX)
-        finds = by_index or has_trait(name, Trait.FINDS)
+        by_index = has_trait(name, Trait.SELECTS_BY_INDEX)
+        finds = by_index or has_trait(name, Trait.SELECTS_BY_MASK)
         if not finds or all(leaf.numel() for leaf in tensors_of(out)):
             return out
         position = int(by_index)
