@@ -173,7 +173,7 @@ def test_schemas_can_be_believed() -> None:
     assert tried > 300
 
 
-def test_changed_behind() -> None:
+def test_must_stay_view() -> None:
     """Writing matters through or behind a view, if the other is read afterwards."""
 
     def answer(write_view: bool, read_view: bool, order: str) -> bool:

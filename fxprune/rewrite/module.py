@@ -103,7 +103,7 @@ class PrunedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: Memo) -> PrunedModule:
         stores, rest, kind = _parts(self)
-        # the memo shares the graph (see sharing_graphs): share its compiled code as well
+        # the memo shares the graph (see memo_that_shares_graphs): share its compiled code as well
         if from_memo(memo, self.graph, None) is self.graph:
             new = to_memo(memo, self, object.__new__(type(self)))
             del rest[_NAME]

@@ -61,7 +61,7 @@ They need not run to look at a graph on tensors without data.
 
 @contextmanager
 def recorded(
-    begin: Callable[..., Any], end: Callable[[Any], None], is_mine: Callable[[str], bool]
+    begin: Callable[..., Any], end: Callable[[Any], None], follows_file: Callable[[str], bool]
 ) -> Iterator[None]:
     """Report every region that is entered and left inside this context.
 
@@ -72,10 +72,10 @@ def recorded(
         region is entered.
     end:
         Called with the result of ``begin``, before the region is left.
-    is_mine:
+    follows_file:
         Tells of a file name whether ``with`` statements in this file are reported.
     """
-    watch = _RegionWatch(begin, end, is_mine)
+    watch = _RegionWatch(begin, end, follows_file)
     kinds: tuple[Any, ...] = (*_KINDS.values(), torch.set_grad_enabled)
     with ExitStack() as stack:
         for kind in kinds:
@@ -94,7 +94,7 @@ class _RegionWatch:
 
     begin: Callable[..., Any]
     end: Callable[[Any], None]
-    is_mine: Callable[[str], bool]
+    follows_file: Callable[[str], bool]
     open_regions: IdentityMap[Any, Any] = field(default_factory=IdentityMap)
 
     def reporting(self, entering: Any, leaving: Any) -> tuple[Any, Any]:
@@ -102,7 +102,7 @@ class _RegionWatch:
 
         def on_enter(region: Any) -> Any:
             """Report and enter a region."""
-            if self.is_mine(_caller()):
+            if self.follows_file(_caller()):
                 name, args, kwargs = _arguments_of(region)
                 self.open_regions[region] = self.begin(name, *args, **kwargs)
             return entering(region)
