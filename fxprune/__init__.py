@@ -6,7 +6,8 @@ replays a plan, and :func:`load` reads a saved result.
 """
 
 from fxprune import criteria
-from fxprune.api import analyze, apply, compensate, load, prune, verify
+from fxprune.api import analyze, apply, load, prune
+from fxprune.api_pruned import compensate, verify
 from fxprune.coupling import Axis, Coupling, Group, Pinned
 from fxprune.errors import (
     ArgumentError,

@@ -9,16 +9,10 @@ from torch import nn
 from fxprune.cost import count_parameters
 from fxprune.coupling import Coupling, Terms
 from fxprune.coupling.analysis import Clock
-from fxprune.result.plan import (
-    GroupPlan,
-    Plan,
-    fingerprint,
-    pack_inputs,
-    store_plan,
-    stored_plan,
-)
+from fxprune.result.plan import GroupPlan, Plan, fingerprint, store_plan, stored_plan
 from fxprune.result.pruned import Pruned
 from fxprune.result.report import GroupRow, PinnedRow, Report
+from fxprune.result.stored_inputs import pack_inputs
 from fxprune.rewrite import Survivors, emit
 
 __all__ = ["emit_pruned", "terms_of"]

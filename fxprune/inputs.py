@@ -159,10 +159,10 @@ def with_larger_batch(call: Call, batch: int = 2) -> Call:
     ranked = [tensor for tensor in tensors_of(call) if tensor.dim()]
     if not ranked or any(tensor.shape[0] != 1 for tensor in ranked):
         return call
-    return _map_tensors(lambda t: _repeated(t, batch) if t.dim() else t, call)
+    return _map_tensors(lambda t: _repeat_row(t, batch) if t.dim() else t, call)
 
 
-def _repeated(row: Tensor, batch: int) -> Tensor:
+def _repeat_row(row: Tensor, batch: int) -> Tensor:
     """Return a tensor with one row as a tensor with ``batch`` equal rows."""
     if row.is_meta:  # no data to copy
         return torch.empty((batch, *row.shape[1:]), dtype=row.dtype, device="meta")

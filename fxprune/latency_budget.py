@@ -21,7 +21,8 @@ from fxprune.emission import emit_pruned
 from fxprune.errors import BudgetError
 from fxprune.inference import deploy
 from fxprune.latency.forecast import Forecast
-from fxprune.latency.measuring import Setting, time_models
+from fxprune.latency.measuring import time_models
+from fxprune.latency.setting import Setting
 from fxprune.result.pruned import Pruned
 from fxprune.result.report import LatencyRow
 from fxprune.select.budget import Budget

@@ -16,8 +16,9 @@ from fxprune.errors import PlanError, RewriteError, VerificationError
 from fxprune.inputs import Call, read
 from fxprune.latency import Setting
 from fxprune.latency_budget import prune_to_latency
-from fxprune.result.plan import Plan, fingerprint, holds_objects, stored_plan, unpack_inputs
+from fxprune.result.plan import Plan, fingerprint, stored_plan
 from fxprune.result.pruned import Pruned
+from fxprune.result.stored_inputs import holds_objects, unpack_inputs
 from fxprune.select.budget import Budget
 from fxprune.select.selection import select
 from fxprune.verification import Verification, check

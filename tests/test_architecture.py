@@ -39,6 +39,7 @@ LAYERS = [
     "latency_budget",
     "pipeline",
     "api",
+    "api_pruned",
     "steps",
     "cli",
     "__main__",

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 import fxprune
 from fxprune.errors import PlanError
 from fxprune.inputs import storable_values
-from fxprune.result.plan import GroupPlan, Plan, fingerprint, pack_inputs, unpack_inputs
+from fxprune.result.plan import GroupPlan, Plan, fingerprint
+from fxprune.result.stored_inputs import pack_inputs, unpack_inputs
 
 words = st.text(max_size=8)
 

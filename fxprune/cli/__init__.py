@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from fxprune import api
+from fxprune import api, api_pruned
 from fxprune.cli.groups import (
     BudgetOptions,
     LatencyOptions,
@@ -187,7 +187,7 @@ def apply(
         with stage("applying and verifying" if verify else "applying"):
             pruned = api.apply(replayed, module)
             if verify:
-                error = api.verify(module, pruned).error
+                error = api_pruned.verify(module, pruned).error
                 report = dataclasses.replace(pruned.report, error=error)
                 pruned = dataclasses.replace(pruned, report=report)
         _deliver(pruned, out, as_json)

@@ -4,17 +4,10 @@
 the groups off the result.
 """
 
+from fxprune.coupling.groups import Axis, Group, Pinned
 from fxprune.coupling.labelling import Labelling, Terms
 from fxprune.coupling.reading import couple
-from fxprune.coupling.result import (
-    KEPT,
-    OUTPUT,
-    Axis,
-    Coupling,
-    Group,
-    Pinned,
-    check_coupling,
-)
+from fxprune.coupling.result import KEPT, OUTPUT, Coupling, check_coupling
 
 __all__ = [
     "KEPT",

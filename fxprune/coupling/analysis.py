@@ -315,11 +315,11 @@ def _batch_share(example: Call, ran: Any) -> Fraction:
 
     It is below 1 where the example has one row and was labelled with two.
     """
-    elements, labelled = _elements(example), _elements(ran)
+    elements, labelled = _count_elements(example), _count_elements(ran)
     return Fraction(elements, labelled) if labelled else Fraction(1)
 
 
-def _elements(call: Any) -> int:
+def _count_elements(call: Any) -> int:
     """Return the number of elements of all tensors of a call, scalars aside."""
     return sum(tensor.numel() for tensor in tensors_of(call) if tensor.dim())
 

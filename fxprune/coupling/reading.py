@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fxprune.common.dispatch import META, map_tensors
 from fxprune.coupling.balance import Balance, resolve, shrinking_dim
+from fxprune.coupling.groups import Axis, Group, Pinned
 from fxprune.coupling.labelling import Labelling
 from fxprune.coupling.parts import PYTHON
-from fxprune.coupling.result import Axis, Coupling, Group, Pinned
+from fxprune.coupling.result import Coupling
 from fxprune.labels import Array, Field
 from fxprune.ops import Context, Contraction, Record
 from fxprune.trace import Trace

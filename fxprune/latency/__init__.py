@@ -10,8 +10,9 @@ the forecast, measures the result, and corrects the choice.
 """
 
 from fxprune.latency.clock import Timing, time_in_turns
-from fxprune.latency.measuring import MODES, PRECISIONS, Latency, Setting, measure
+from fxprune.latency.measuring import Latency, measure
 from fxprune.latency.roofline import Roofline, roofline
+from fxprune.latency.setting import MODES, PRECISIONS, Setting
 
 __all__ = [
     "MODES",

@@ -14,7 +14,7 @@ from fxprune.latency.layers import Layer
 from fxprune.latency.surface import Surface, grid
 from fxprune.latency.table import Table
 
-__all__ = ["Axis", "LayerFamily"]
+__all__ = ["LayerFamily", "ScaledSizes"]
 
 _WIDTH_STEPS = (1, 2, 4, 8, 16, 32)
 # the hardware does not like a width that takes this many times as long as the widths around it
@@ -22,7 +22,7 @@ _WORSE = 1.05
 
 
 @dataclass(frozen=True)
-class Axis:
+class ScaledSizes:
     """Sizes of an operation that shrink in proportion to each other.
 
     Attributes
@@ -73,11 +73,11 @@ class LayerFamily:
     layer: Layer
     table: Table
     device: torch.device
-    axes: list[list[Axis]] = field(default_factory=list)
+    axes: list[list[ScaledSizes]] = field(default_factory=list)
     _surface: Surface | None = None
 
     @property
-    def widest(self) -> list[Axis]:
+    def widest(self) -> list[ScaledSizes]:
         """The axes of ``layer``, each as long as the longest of all operations."""
         out = []
         for place, axis in enumerate(self.axes[0]):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from fxprune.common.arrays import Counts, Floats
 from fxprune.common.contents import tensors_of
 from fxprune.coupling import Coupling
-from fxprune.latency.families import Axis, LayerFamily
+from fxprune.latency.families import LayerFamily, ScaledSizes
 from fxprune.latency.layers import Layer, LayerTensor, Prepare, record
-from fxprune.latency.measuring import Setting, apply_setting, make_batch, prepare_model
+from fxprune.latency.measuring import apply_setting, make_batch, prepare_model
+from fxprune.latency.setting import Setting
 from fxprune.latency.table import Table
 from fxprune.ops import Contraction
 from fxprune.select.kinds import Kinds, Pool, kinds_of, pools_of
@@ -248,7 +249,7 @@ class Forecast:
         self._families[key].axes.append(axes)
         return True
 
-    def _axes_of(self, layer: Layer) -> list[Axis]:
+    def _axes_of(self, layer: Layer) -> list[ScaledSizes]:
         """Return the axes of an operation: its sizes, grouped by which are proportional."""
         sizes = layer.dense_sizes()
         proportional: dict[int, list[int]] = defaultdict(list)
@@ -260,7 +261,7 @@ class Forecast:
             losses = np.rint(self._widths.losses[:, base]).astype(np.int64)
             step = max(int(np.gcd.reduce(losses)), 1)
             multiples = {number: sizes[number] / sizes[base] for number in numbers}
-            axes.append(Axis(base, sizes[base], step, multiples))
+            axes.append(ScaledSizes(base, sizes[base], step, multiples))
         return axes
 
     # -- other widths
@@ -289,7 +290,7 @@ class Forecast:
             step //= 2
         return step
 
-    def _slowest_axis(self, number: int) -> tuple[LayerFamily, int, Axis] | None:
+    def _slowest_axis(self, number: int) -> tuple[LayerFamily, int, ScaledSizes] | None:
         """Return the slowest operation at full width that depends on a pool.
 
         Returns
@@ -367,7 +368,7 @@ class _Widths:
         return first[inverse.reshape(-1)]
 
 
-def _family_key(layer: Layer, axes: Sequence[Axis]) -> str:
+def _family_key(layer: Layer, axes: Sequence[ScaledSizes]) -> str:
     """Return a text that is equal for operations that differ only in their widths."""
     placeholders: dict[int, int] = {}
     for place, axis in enumerate(axes):

@@ -15,7 +15,7 @@ import torch
 
 from fxprune.latency.clock import time_in_turns
 from fxprune.latency.cuda import captured
-from fxprune.latency.measuring import Setting
+from fxprune.latency.setting import Setting
 
 __all__ = ["Table", "cache_folder", "device_name"]
 
@@ -40,7 +40,7 @@ def device_name(device: torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
-def _repeated(run: Callable[[], object]) -> Callable[[], object]:
+def _run_repeatedly(run: Callable[[], object]) -> Callable[[], object]:
     """Return a function that makes the calls of one CUDA graph and keeps their results alive."""
     return lambda: [run() for _ in range(_CALLS_PER_GRAPH)]
 
@@ -122,7 +122,7 @@ class Table:
             assert prepare is not None
             run, calls = prepare(), 1
             if self.setting.on_gpu and self.setting.mode != "eager":
-                run, calls = captured(_repeated(run)), _CALLS_PER_GRAPH
+                run, calls = captured(_run_repeatedly(run)), _CALLS_PER_GRAPH
             timing = time_in_turns(
                 {"run": run}, self.setting.place, rounds=4, seconds=0.004, warm_up=2
             )["run"]

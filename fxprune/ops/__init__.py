@@ -8,6 +8,7 @@ from importlib import import_module
 from fxprune.labels import Field
 from fxprune.ops.context import Context
 from fxprune.ops.records import READS_INPUT, Contraction, Event, Record, Rectangle
+from fxprune.ops.registration import register_rule
 from fxprune.ops.table import (
     OPS,
     Axes,
@@ -19,7 +20,6 @@ from fxprune.ops.table import (
     find_row,
     has_trait,
     name_of_op,
-    register_rule,
     row_or_empty,
     takes_sizes,
 )

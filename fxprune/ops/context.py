@@ -130,6 +130,20 @@ class Context(Labelled):
         if record is not None:
             self.found.scale_axes.update(record.axes)
 
+    def meet_vector(self, labels: Array, vector: Tensor) -> bool:
+        """Give a parameter of one axis the 1-D labels that it meets, and tell whether it was done.
+
+        This is a shortcut for the usual bias or scale. It does nothing if the parameter already
+        has other labels, or if it may not be zero at removed elements.
+        """
+        record = self.records.get(vector)
+        if record is None or vector.dim() != 1 or record.overwritten:
+            return False
+        if record.unlabelled:
+            self.label_axis(record, 0, labels)
+            return True
+        return len(record.fields) == 1 and np.array_equal(record.fields[0].labels, labels)
+
     def operand(
         self, tensor: Tensor, dims: Sequence[int], rank: int, *, as_labelled: bool = False
     ) -> Operand:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxprune.common.identity import IdentityMap
 from fxprune.labels import Array, Field, Units, compact
 from fxprune.ops.records import (
+    FIRST_REASONS,
     INPUT,
     READS_INPUT,
     Record,
@@ -59,11 +60,7 @@ class Labelled:
         self.target: Any = None
         self.rectangles: list[Rectangle] = []
         self._seen: set[tuple[Any, ...]] = set()
-        self.reasons: list[tuple[str, str]] = [
-            ("", ""),
-            ("meets a part that stays", ""),
-            ("is an input of the model", ""),
-        ]
+        self.reasons: list[tuple[str, str]] = [*FIRST_REASONS]
         self.causes: Any = WeakTensorKeyDictionary()
         self._first_reason = 0  # number of the first reason that the current op gave
         # reason why the output channels of the current layer stay; None: no layer runs
@@ -450,17 +447,3 @@ class Labelled:
         """Note that the current node couples two parameter axes; -1 is no axis."""
         if a != b and a >= 0 and b >= 0:
             self.edges.setdefault((min(a, b), max(a, b)), {})[self.node] = None
-
-    def meet_vector(self, labels: Array, vector: Tensor) -> bool:
-        """Give a parameter of one axis the 1-D labels that it meets, and tell whether it was done.
-
-        This is a shortcut for the usual bias or scale. It does nothing if the parameter already
-        has other labels, or if it may not be zero at removed elements.
-        """
-        record = self.records.get(vector)
-        if record is None or vector.dim() != 1 or record.overwritten:
-            return False
-        if record.unlabelled:
-            self.label_axis(record, 0, labels)
-            return True
-        return len(record.fields) == 1 and np.array_equal(record.fields[0].labels, labels)

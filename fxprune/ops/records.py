@@ -16,6 +16,7 @@ from fxprune.labels import Array, Field, Units, compact
 from fxprune.ops.macs import op_macs
 
 __all__ = [
+    "FIRST_REASONS",
     "INPUT",
     "READS_INPUT",
     "Contraction",
@@ -38,6 +39,9 @@ __all__ = [
 READS_INPUT = "reads an input of the model"
 """The reason why the input axes of a model's first layers stay."""
 
+
+FIRST_REASONS = (("", ""), ("meets a part that stays", ""), ("is an input of the model", ""))
+"""The reasons that every run knows: none, and the two that no op gives."""
 
 INPUT = 2  # number of the reason of an input itself; a tensor that meets one has its own reason
 

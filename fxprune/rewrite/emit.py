@@ -35,9 +35,9 @@ from fxprune.rewrite.leaves import resize
 from fxprune.rewrite.literals import correct
 from fxprune.rewrite.module import PrunedModule, copy_behaviour, hold_modes
 from fxprune.rewrite.skeleton import (
-    copy_hooks,
     copy_modules,
     fill_tensors,
+    give_users_hooks,
     modes_after_train,
     redirect_attributes,
     replace_module,
@@ -95,7 +95,7 @@ def emit(
     if parts or any(map(has_replaced_forward, copies.values())):
         redirect_attributes(copies, final, filled)
     if parts:
-        copy_hooks(coupling.meta_copy.modules, final)
+        give_users_hooks(coupling.meta_copy.modules, final)
         for module in final.values():
             vars(module).update(current_sizes(module))
     return root

@@ -22,7 +22,7 @@ _MODES = "_own_modes"
 _MODULE_STORES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
-def _constants(module: nn.Module) -> dict[str, Tensor]:
+def _attribute_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that are plain attributes of a module.
 
     torch.fx would turn them into buffers.
@@ -65,7 +65,7 @@ class PrunedModule(fx.GraphModule):
         super().__init__(nn.Module(), fx.Graph(), class_name=class_name)
         for store in _MODULE_STORES:
             self.__dict__[store] = root.__dict__[store]
-        self.__dict__.update(_constants(root))
+        self.__dict__.update(_attribute_tensors(root))
         self.training = root.training
         self.__dict__["training_graph"] = training_graph
         self.graph = graph  # compiles it
@@ -98,7 +98,7 @@ class PrunedModule(fx.GraphModule):
     def __copy__(self) -> PrunedModule:
         new = _empty()
         stores, rest, kind = _parts(self)
-        _rebuild(new, stores, rest, _graphs(self), kind)
+        _rebuild(new, stores, rest, _copy_graphs(self), kind)
         return new
 
     def __deepcopy__(self, memo: Memo) -> PrunedModule:
@@ -115,7 +115,7 @@ class PrunedModule(fx.GraphModule):
         new = to_memo(memo, self, _empty())
         # copied with the memo, because hooks may refer to modules around this one
         rest = {key: copy_rebound(value, memo) for key, value in rest.items()}
-        _rebuild(new, copy.deepcopy(stores, memo), rest, _graphs(self), kind)
+        _rebuild(new, copy.deepcopy(stores, memo), rest, _copy_graphs(self), kind)
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -172,7 +172,7 @@ def _parts(module: PrunedModule) -> tuple[dict[str, Any], dict[str, Any], Any]:
     return stores, rest, getattr(type(module), "_original_class", None)
 
 
-def _graphs(module: PrunedModule) -> tuple[fx.Graph, fx.Graph | None]:
+def _copy_graphs(module: PrunedModule) -> tuple[fx.Graph, fx.Graph | None]:
     """Return copies of the graph and of the training graph."""
     return copy.deepcopy(module.graph), copy.deepcopy(module.training_graph)
 

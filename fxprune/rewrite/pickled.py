@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 
 __all__ = ["pack", "unpack"]
 
-_PLAIN = (bool, int, float, str)
+_PACKED_AS_IS = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ def _pack_node(node: fx.Node, places: Mapping[fx.Node, _Place]) -> dict[str, Any
         "args": map_aggregate(node.args, as_data),
         "kwargs": map_aggregate(node.kwargs, as_data),
         "type_expr": node.type,
-        "meta": {key: value for key, value in node.meta.items() if isinstance(value, _PLAIN)},
+        "meta": {
+            key: value for key, value in node.meta.items() if isinstance(value, _PACKED_AS_IS)
+        },
     }
 
 

@@ -18,9 +18,9 @@ from fxprune.trace import copy_attribute, is_leaf, put_tensors
 from fxprune.trace.copying import HOOKS, rebind_hooks
 
 __all__ = [
-    "copy_hooks",
     "copy_modules",
     "fill_tensors",
+    "give_users_hooks",
     "modes_after_train",
     "redirect_attributes",
     "replace_module",
@@ -89,7 +89,7 @@ def redirect_attributes(
                 attributes[name] = copy_attribute(name, value, memo)
 
 
-def copy_hooks(
+def give_users_hooks(
     users: IdentityMap[nn.Module, nn.Module], final: IdentityMap[nn.Module, nn.Module]
 ) -> None:
     """Give the emitted modules the hooks of the user's modules.

@@ -87,7 +87,7 @@ def writes(node: fx.Node, root: nn.Module | None = None) -> bool:
     if is_asked or node.target in _WRITING or _written_parameters(node.target):
         return True
     name = name_of(node)
-    if _is_operator(node):
+    if _calls_operator(node):
         return False  # is_ and and_ end with an underscore because they are keywords without it
     if name.startswith("__") and name.endswith("__"):
         return name[2:-2] in AUGMENTED or name == "__setitem__"
@@ -164,12 +164,12 @@ def _makes_new(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         # a module with parameters computes with them
         return next(root.get_submodule(str(node.target)).parameters(), None) is not None
-    if _is_operator(node):
+    if _calls_operator(node):
         return node.target is not operator.getitem
     return _op_makes_new(name_of(node))
 
 
-def _is_operator(node: fx.Node) -> bool:
+def _calls_operator(node: fx.Node) -> bool:
     """Tell whether a node calls a function of :mod:`operator`."""
     return node.op == "call_function" and getattr(operator, name_of(node), None) is node.target
 

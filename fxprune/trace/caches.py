@@ -8,11 +8,8 @@ This is the same model if what is computed equals what was kept.
 
 from __future__ import annotations
 
-import dis
 import functools
-import inspect
 import operator
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.common.dispatch import META, holds_tensors, map_tensors
 from fxprune.errors import FxpruneError
 from fxprune.inputs import Call
+from fxprune.trace.assigned import assigned_names
 from fxprune.trace.execution import execute
 from fxprune.trace.module_state import (
     AttributeChange,
@@ -33,7 +31,6 @@ from fxprune.trace.module_state import (
     values_read,
 )
 from fxprune.trace.reach import Entry, Reach
-from fxprune.trace.reach.references import code_within
 
 __all__ = ["forgotten_caches"]
 
@@ -392,11 +389,11 @@ def _shorter(arguments: Call) -> Iterator[Call]:
     for dim in range(max((tensor.dim() for tensor in tensors), default=0)):
         size = next(tensor.shape[dim] for tensor in tensors if tensor.dim() > dim)
         for less in sorted({size - 1, size // 2} - {0}):
-            cut = functools.partial(_cut, dim=dim, size=size, less=less)
+            cut = functools.partial(_shorten, dim=dim, size=size, less=less)
             yield map_tensors(cut, arguments)
 
 
-def _cut(tensor: Tensor, dim: int, size: int, less: int) -> Tensor:
+def _shorten(tensor: Tensor, dim: int, size: int, less: int) -> Tensor:
     """Shorten a tensor whose dimension ``dim`` has this size."""
     if tensor.dim() > dim and tensor.shape[dim] == size:
         return tensor.narrow(dim, 0, less)
@@ -419,50 +416,8 @@ def _cached_attributes(model: nn.Module) -> Iterator[tuple[str, _ModuleAttribute
     """
     for path, module in model.named_modules():
         store, kind = vars(module), type(module)  # type: dict[str, Any], Any
-        for name in sorted(_assigned_names(kind) & store.keys()):
+        for name in sorted(assigned_names(kind) & store.keys()):
             value = store[name]
             is_cacheable = isinstance(value, (Tensor, tuple, list, dict, int, float))
             if is_cacheable and type(value) is not bool:
                 yield f"{path}.{name}".removeprefix("."), _ModuleAttribute(store, name)
-
-
-# weak keys: a class of the user's must not be kept alive
-_names_by_class: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
-
-
-def _assigned_names(kind: type) -> frozenset[str]:
-    """Return the result of :func:`_find_assigned_names`, which is computed once per class."""
-    if kind not in _names_by_class:
-        _names_by_class[kind] = _find_assigned_names(kind)
-    return _names_by_class[kind]
-
-
-def _find_assigned_names(kind: type) -> frozenset[str]:
-    """Return the names of attributes to which methods assign that forward calls.
-
-    Methods are found by the names in the code.
-    """
-    if kind.__module__.partition(".")[0] == "torch":
-        return frozenset()
-    methods = _methods_of(kind)
-    names: set[str] = set()
-    seen, waiting = {"forward"}, ["forward"]
-    while waiting:
-        code = getattr(methods.get(waiting.pop()), "__code__", None)
-        for inner in () if code is None else code_within(code):
-            steps = dis.get_instructions(inner)
-            names |= {step.argval for step in steps if step.opname == "STORE_ATTR"}
-            called = set(inner.co_names) & methods.keys() - nn.Module.__dict__.keys() - seen
-            seen |= called
-            waiting += called
-    return frozenset(names)
-
-
-def _methods_of(kind: type) -> dict[str, Any]:
-    """Return the methods of a class by name, without decorators that keep the original."""
-    methods = {}
-    for base in reversed(kind.__mro__):
-        for name, member in vars(base).items():
-            if callable(member):
-                methods[name] = inspect.unwrap(member)
-    return methods

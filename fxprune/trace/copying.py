@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import functools
-import threading
 import types
 import weakref
 from collections.abc import Iterator
@@ -23,14 +21,9 @@ from fxprune.common.identity import (
     memo_of,
     to_memo,
 )
+from fxprune.trace.containers import CONTAINERS, COPIED_SEQUENCES, MAPPINGS, layout_of
 
 __all__ = ["HOOKS", "HOOKS_CALLED", "copy_hooks", "copy_rebound", "is_filled", "rebind_hooks"]
-
-_COPIED_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
-_MAPPINGS = (dict, collections.OrderedDict)
-_CONTAINERS = frozenset(
-    {list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict}
-)
 
 
 def copy_rebound(value: Any, memo: Memo) -> Any:
@@ -65,7 +58,7 @@ def copy_rebound(value: Any, memo: Memo) -> Any:
         target = value()
         is_replaced = target is not None and in_memo(memo, target)
         return weakref.ref(from_memo(memo, target)) if is_replaced else value
-    if kind in _COPIED_SEQUENCES or kind in _MAPPINGS:
+    if kind in COPIED_SEQUENCES or kind in MAPPINGS:
         return _copied_container(value, memo)
     # for example what a hook has kept from a step of training
     if isinstance(value, Tensor) and value.grad_fn is not None:
@@ -98,7 +91,7 @@ def _copied_container(value: Any, memo: Memo) -> Any:
         made = to_memo(memo, value, kind())
         made.extend(copy_rebound(item, memo) for item in value)
         return made
-    if kind in _MAPPINGS:
+    if kind in MAPPINGS:
         made = to_memo(memo, value, kind())
         made.update(
             (copy_rebound(key, memo), copy_rebound(item, memo)) for key, item in value.items()
@@ -150,7 +143,7 @@ def _rebuilt(value: Any, memo: Memo, error: Exception) -> Any:
         ``error``, if a copy would release a shared resource when it is deleted, or if an object
         that has to be shared refers to replaced objects, iterators or tensors.
     """
-    layout = _layout(value)
+    layout = layout_of(value)
     if layout is None:
         has_state = any(isinstance(item, (Iterator, Tensor)) for item in _reached(value))
         if has_state or _refers(value, memo):
@@ -173,42 +166,15 @@ def _new_of_layout(value: Any, layout: Any, memo: Memo) -> Any:
         items = [copy_rebound(item, memo) for item in layout.__iter__(value)]
         return to_memo(memo, value, layout.__new__(kind, items))
     made = to_memo(memo, value, layout.__new__(kind))
-    if layout in _MAPPINGS:
+    if layout in MAPPINGS:
         items = [
             (copy_rebound(key, memo), copy_rebound(item, memo))
             for key, item in layout.items(value)
         ]
         layout.update(made, dict(items))
-    elif layout in _CONTAINERS:
+    elif layout in CONTAINERS:
         layout.__init__(made, [copy_rebound(item, memo) for item in layout.__iter__(value)])
     return made
-
-
-def _layout(value: Any) -> Any:
-    """Return the built-in class that holds an object's state beside its attributes.
-
-    None if the object has more state, which Python does not see.
-    """
-    kind = type(value)
-    layout = next(base for base in kind.__mro__ if base in _LAYOUTS)
-    above = kind.__mro__[: kind.__mro__.index(layout)]
-    return layout if layout is not object or all(map(_is_of_python, above)) else None
-
-
-def _is_of_python(kind: type) -> bool:
-    """Tell whether a class was made by a class statement rather than in C."""
-    members = vars(kind)
-    return (
-        any(isinstance(member, types.FunctionType) for member in members.values())
-        or not members.keys().isdisjoint(("__weakref__", "__slots__"))
-        or any(map(_is_of_python, kind.__bases__))
-    )
-
-
-_LAYOUTS: frozenset[Any] = frozenset(
-    {object, types.SimpleNamespace, threading.local, *_COPIED_SEQUENCES, *_MAPPINGS}
-)
-"""Classes whose objects hold nothing but what Python sees."""
 
 
 def _is_shared(value: Any) -> bool:
@@ -216,7 +182,11 @@ def _is_shared(value: Any) -> bool:
 
     An iterator or a tensor may not.
     """
-    if isinstance(value, (Tensor, Iterator)) or _layout(value) is not None or _objects_held(value):
+    if (
+        isinstance(value, (Tensor, Iterator))
+        or layout_of(value) is not None
+        or _objects_held(value)
+    ):
         return False
     try:
         copy.deepcopy(value)
@@ -269,7 +239,7 @@ def _copied_apart(value: Any, memo: Memo) -> Any:
     """
     if in_memo(memo, value):
         return from_memo(memo, value)
-    if type(value) in _CONTAINERS:
+    if type(value) in CONTAINERS:
         made = to_memo(memo, value, copy.copy(value))
         if isinstance(value, dict):
             made.update((key, _copied_apart(item, memo)) for key, item in value.items())
@@ -281,7 +251,7 @@ def _copied_apart(value: Any, memo: Memo) -> Any:
     ):
         made = to_memo(memo, value, copy.copy(value))
         for name, item in vars(value).items():
-            is_container = type(item) in _CONTAINERS
+            is_container = type(item) in CONTAINERS
             new = _copied_apart(item, memo) if is_container else from_memo(memo, item, item)
             vars(made)[name] = new
         return made
@@ -309,7 +279,7 @@ def _collections(function: Any) -> list[Any]:
     """Return the lists, dicts and sets that a function holds in its closure and defaults."""
     if type(function) is not types.FunctionType:
         return []
-    return [item for item in _objects_held(function) if type(item) in _CONTAINERS]
+    return [item for item in _objects_held(function) if type(item) in CONTAINERS]
 
 
 def _rebound(value: Any, memo: Memo) -> Any:
@@ -446,9 +416,9 @@ def _objects_held(value: Any) -> list[Any]:
         return [value.__func__, value.__self__]
     if kind is functools.partial:
         return [value.func, *value.args, *value.keywords.values()]
-    if kind in _MAPPINGS:
+    if kind in MAPPINGS:
         return [*value.keys(), *value.values()]
-    if kind in _COPIED_SEQUENCES:
+    if kind in COPIED_SEQUENCES:
         return [*value]
     if kind is weakref.ref:
         return [] if value() is None else [value()]

@@ -26,7 +26,7 @@ from fxprune.trace.execution import (
     sources,
     untraced,
 )
-from fxprune.trace.lookups import Lookup, place_of
+from fxprune.trace.lookups import Lookup, instruction_of
 from fxprune.trace.numbers import Number
 from fxprune.trace.recorder import Recorder
 from fxprune.trace.sequences import SizeTuple
@@ -177,7 +177,9 @@ class Guarded(Recorder):
             return
         node = number.fx_node
         node.meta["looked_up"] = True
-        self.lookups.append(Lookup(node, place_of(frame), user_line(), self._reached.cache_misses))
+        self.lookups.append(
+            Lookup(node, instruction_of(frame), user_line(), self._reached.cache_misses)
+        )
 
     def note_comparison(self) -> None:
         """Note that a number is compared.
@@ -185,7 +187,7 @@ class Guarded(Recorder):
         If the last lookup happened at the same instruction, a table compares its keys there: it
         has found a key with the same hash.
         """
-        place = place_of(sys._getframe(2))  # of the caller of the number's __eq__
+        place = instruction_of(sys._getframe(2))  # of the caller of the number's __eq__
         for lookup in itertools.takewhile(lambda it: it.place == place, reversed(self.lookups)):
             lookup.was_compared = True
 

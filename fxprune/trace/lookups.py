@@ -18,7 +18,7 @@ from types import CodeType, FrameType
 
 from torch import fx
 
-__all__ = ["Lookup", "missed_lookups", "place_of"]
+__all__ = ["Lookup", "instruction_of", "missed_lookups"]
 
 CallPlace = tuple[CodeType, int, int]
 """A place in a running function: its code, the instruction, and an id of the call."""
@@ -49,7 +49,7 @@ class Lookup:
     was_compared: bool = False
 
 
-def place_of(frame: FrameType) -> CallPlace:
+def instruction_of(frame: FrameType) -> CallPlace:
     """Return the instruction that a frame is executing."""
     return frame.f_code, frame.f_lasti, object.__hash__(frame)
 

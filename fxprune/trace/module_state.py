@@ -114,7 +114,7 @@ class Attributes:
                 module._buffers,
             )
             for store in stores:
-                self._before.append((path, store, dict(store), _contents_of(store)))
+                self._before.append((path, store, dict(store), _copy_containers(store)))
 
     def changes(self, ignore: Iterable[str] = ()) -> Iterator[AttributeChange]:
         """Yield the attributes that have changed.
@@ -171,7 +171,7 @@ _COMPARED_CONTAINERS = frozenset({list, dict, set})
 _LEAVES = (Tensor, nn.Module, *_PLAIN_VALUES)
 
 
-def _contents_of(store: dict[str, Any]) -> dict[str, Any]:
+def _copy_containers(store: dict[str, Any]) -> dict[str, Any]:
     """Return copies of the containers among the attributes in a dictionary."""
     found = {}
     for name, value in store.items():

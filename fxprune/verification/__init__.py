@@ -9,7 +9,8 @@ instead. ``gradients`` compares gradients. ``check`` chooses the situations that
 ``outcomes`` defines how a comparison can end.
 """
 
-from fxprune.verification.check import Verification, check
+from fxprune.verification.check import check
 from fxprune.verification.outcomes import LIMITS
+from fxprune.verification.verification import Verification
 
 __all__ = ["LIMITS", "Verification", "check"]

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from fxprune.common.contents import named_tensors, tensors_of
+from fxprune.common.contents import tensors_of
 from fxprune.common.hooks import put_in_mode
-from fxprune.common.public import public
 from fxprune.common.random_state import seeded
 from fxprune.coupling import Coupling
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.inputs import Call, as_call
 from fxprune.resized import other_batch, other_sizes
-from fxprune.result.plan import Plan, unpack_inputs
+from fxprune.result.plan import Plan
+from fxprune.result.stored_inputs import unpack_inputs
 from fxprune.rewrite import Survivors
 from fxprune.trace.reach import Reached, restoring_draws
 from fxprune.verification.bench import Bench
@@ -28,61 +28,25 @@ from fxprune.verification.copies import plain_copy
 from fxprune.verification.gradients import check_gradients
 from fxprune.verification.modes import clone
 from fxprune.verification.outcomes import (
-    LIMITS,
     GuardedError,
     Outcome,
     PrunedFailsError,
     RefusedError,
-    RoundingError,
     describe_error,
+)
+from fxprune.verification.reasons import (
+    Comparison,
+    compare_in_some_dtype,
+    describe_conversion,
+    why_uncompared,
+    without_sizes,
 )
 from fxprune.verification.structure import check_emission
 from fxprune.verification.values import choices, inputs_of, to_float32, weights_of
+from fxprune.verification.verification import Verification
 from fxprune.verification.weights import changed_tensors
 
-__all__ = ["Verification", "check"]
-
-_Compare: TypeAlias = Callable[..., Any]
-
-
-@public
-@dataclass(frozen=True)
-class Verification:
-    """The result of a proof.
-
-    Attributes
-    ----------
-    error:
-        The relative error ``||out - reference|| / ||reference||``, the largest over the outputs
-        and over all compared situations. NaN if only the structure was checked.
-    outputs:
-        The number of output tensors compared for the example.
-    dtype:
-        The dtype in which both models ran: float32 if an operation of the model does not support
-        float64.
-    compared:
-        The situations in which both models agree.
-    left_out:
-        The situations that could not be compared, each with the reason, and those in which the
-        traced graph ran instead of the original's code.
-    """
-
-    error: float
-    outputs: int
-    dtype: torch.dtype
-    compared: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def limit(self) -> float:
-        """The largest error that still counts as rounding in this dtype."""
-        return LIMITS.get(self.dtype, LIMITS[torch.float32])
-
-    def __str__(self) -> str:
-        return (
-            f"relative error {self.error:.1e} over {self.outputs} outputs in "
-            f"{str(self.dtype).removeprefix('torch.')}"
-        )
+__all__ = ["check"]
 
 
 def check(
@@ -227,7 +191,7 @@ class _Proof:
                 return found
         if isinstance(self._failure, VerificationError):
             raise self._failure
-        raise VerificationError(_why_uncompared(self._failure)) from self._failure
+        raise VerificationError(why_uncompared(self._failure)) from self._failure
 
     def _compare_in(self, dtype: torch.dtype) -> tuple[Bench, Call, Outcome] | None:
         """Return the first values on which both models run in a dtype; None if there are none."""
@@ -278,7 +242,7 @@ class _Proof:
             yield from self._try("a second call", "", Bench.compare, bench, inputs, times=2)
         for error, call in self._compare_sizes(bench, inputs, 1 if is_long else 2):
             yield error
-            if is_long and _elements(call) < _elements(inputs):
+            if is_long and _size_of_call(call) < _size_of_call(inputs):
                 quick = call
         yield from self._compare_training(bench, inputs, quick)
         if is_long and quick is inputs:
@@ -307,7 +271,7 @@ class _Proof:
             yield from self._try(name, why_not, check_gradients, bench, call, training=True)
 
     def _try(
-        self, name: str, why_not: str, compare: _Compare, bench: Bench, call: Any, **mode: Any
+        self, name: str, why_not: str, compare: Comparison, bench: Bench, call: Any, **mode: Any
     ) -> Iterator[float]:
         """Compare the models in one situation and yield the error, if there is one.
 
@@ -349,11 +313,11 @@ class _Proof:
             self.compared.append(name)
 
     def _outcome(
-        self, name: str, compare: _Compare, bench: Bench, call: Any, **mode: Any
+        self, name: str, compare: Comparison, bench: Bench, call: Any, **mode: Any
     ) -> Outcome | int | None:
         """Return what ``compare`` gives; None if the models cannot be compared."""
         try:
-            return _compare_in_some_dtype(compare, bench, call, **mode)
+            return compare_in_some_dtype(compare, bench, call, **mode)
         except (RefusedError, GuardedError, NotFiniteError) as error:
             self.left_out.append(f"{name}: {error}")
         except PrunedFailsError as error:
@@ -436,7 +400,7 @@ class _Proof:
         """Return why the example cannot be run as it is; an empty text if it can."""
         if any(leaf.is_meta for leaf in tensors_of(self.call)):
             return "only its shapes are known"
-        return _conversion(self.model, self.pruned)
+        return describe_conversion(self.model, self.pruned)
 
     def _are_alike(self, found: list[str], wanted: list[str]) -> bool:
         """Tell whether the outputs of both models have the same shapes and dtypes.
@@ -445,62 +409,13 @@ class _Proof:
         With the masked original, sizes have been compared already.
         """
         if self.coupling.parts:
-            return [*map(_without_sizes, found)] == [*map(_without_sizes, wanted)]
+            return [*map(without_sizes, found)] == [*map(without_sizes, wanted)]
         return found == wanted
 
     def _call(self, model: nn.Module) -> Any:
         args, kwargs = clone(self.call)
         with seeded(self.seed), restoring_draws(Reached(self.model)), torch.no_grad():
             return put_in_mode(plain_copy(model), False)(*args, **kwargs)
-
-
-def _conversion(model: nn.Module, pruned: nn.Module) -> str:
-    """Return a text if the whole pruned model was moved to another dtype or device, else "".
-
-    The example does not fit such a model.
-    """
-    old = {name: (tensor.dtype, tensor.device) for name, tensor in named_tensors(model).items()}
-    pairs = set()
-    for name, tensor in named_tensors(pruned).items():
-        if name in old:
-            pairs.add((old[name], (tensor.dtype, tensor.device)))
-    if len({before for before, _ in pairs}) != len(pairs):
-        return ""
-    changed = ((before, after) for before, after in pairs if before != after)
-    return "; ".join(f"{was[0]} on {was[1]} is {now[0]} on {now[1]} now" for was, now in changed)
-
-
-def _why_uncompared(failure: Exception | None) -> str:
-    """Return a text that says why the models cannot be compared on the example."""
-    if isinstance(failure, RoundingError):
-        return (
-            f"on values like the example's {failure}. Pass example_inputs on which it gives more."
-        )
-    if isinstance(failure, RefusedError):
-        return (
-            "the original itself fails on values like the example's, so that nothing can be "
-            f"compared: {failure}. Pass example_inputs on which it runs."
-        )
-    return f"the pruned model fails where the original runs: {failure}."
-
-
-def _compare_in_some_dtype(compare: _Compare, bench: Bench, call: Any, **mode: Any) -> Any:
-    """Compare in the bench's dtype, or in float32 if the pruned model fails in float64."""
-    try:
-        return compare(bench, call, **mode)
-    except PrunedFailsError:
-        if bench.dtype is not torch.float64:
-            raise
-        # The model may create float32 tensors whatever dtype is asked for.
-        return compare(bench.in_float32(), to_float32(call), **mode)
-
-
-def _without_sizes(kind: str) -> tuple[str, int]:
-    """Return the dtype and the number of commas of a text such as ``float32[2, 3]``.
-
-    Two texts with the same result have the same dtype and, scalars aside, the same number of axes.
-    """
-    return kind.partition("[")[0], kind.count(",")
 
 
 _WEIGHTS = "the weights themselves"
@@ -512,5 +427,5 @@ _LONG = 3e8
 """The number of MACs above which a model takes long."""
 
 
-def _elements(call: Call) -> int:
+def _size_of_call(call: Call) -> int:
     return sum(leaf.numel() for leaf in tensors_of(call))

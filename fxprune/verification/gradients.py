@@ -15,7 +15,8 @@ from fxprune.coupling.parts.memory import place_of
 from fxprune.errors import VerificationError
 from fxprune.inputs import Call
 from fxprune.verification.bench import Bench
-from fxprune.verification.modes import DtypeMode, clone
+from fxprune.verification.dtypes import DtypeMode
+from fxprune.verification.modes import clone
 from fxprune.verification.outcomes import RefusedError, describe_error, refuse_rounding
 from fxprune.verification.rounding import bound_rounding
 
@@ -101,7 +102,7 @@ def _are_comparable(
         return False
     if reference.has_drawn or not all(bool(grad.isfinite().all()) for grad in kept.values()):
         return False
-    return _are_equal(reference.outputs, result.outputs)
+    return _are_close(reference.outputs, result.outputs)
 
 
 @dataclass
@@ -161,7 +162,7 @@ def _requires_grad(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
-def _are_equal(outputs: list[Tensor], others: list[Tensor]) -> bool:
+def _are_close(outputs: list[Tensor], others: list[Tensor]) -> bool:
     """Tell whether the outputs of two runs are equal up to rounding. NaN equals NaN."""
     if [output.shape for output in outputs] != [output.shape for output in others]:
         return False

@@ -22,10 +22,10 @@ from fxprune.trace.aliasing import UndoWrites
 from fxprune.trace.reach import Reached, restoring_draws
 from fxprune.verification.comparing import dense, form
 from fxprune.verification.copies import copy_original, copy_pruned, cut, mask
+from fxprune.verification.dtypes import DtypeMode
 from fxprune.verification.graph import GraphRun
 from fxprune.verification.modes import (
     Draw,
-    DtypeMode,
     MismatchError,
     NotFollowedError,
     RecordingMode,

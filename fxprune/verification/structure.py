@@ -128,10 +128,10 @@ def _described_nodes(graph: fx.Graph | None) -> Iterator[tuple[Any, ...]]:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), _reference_to)
         if node.target is torch._assert:
             args = args[:1]
-        yield node.op, node.name, _target_name(node.target), repr(args), repr(kwargs)
+        yield node.op, node.name, _qualified_name(node.target), repr(args), repr(kwargs)
 
 
-def _target_name(target: Any) -> str:
+def _qualified_name(target: Any) -> str:
     if isinstance(target, str):
         return target
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', None) or target}"

@@ -108,7 +108,7 @@ class Finder:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return False
         modules = self._real.get_submodule(path).modules()
-        return all(_are_same(_tensors_held(each), self._original[each]) for each in modules)
+        return all(_holds_same(_tensors_held(each), self._original[each]) for each in modules)
 
     def _graph(self, path: str, args: Any, kwargs: Any) -> str | None:
         """Return the graph of a module for a call, as text; None if it cannot be traced."""
@@ -185,7 +185,7 @@ def _tensors_held(module: nn.Module) -> _TensorsHeld:
     return tensors
 
 
-def _are_same(now: _TensorsHeld, before: _TensorsHeld) -> bool:
+def _holds_same(now: _TensorsHeld, before: _TensorsHeld) -> bool:
     """Tell whether a module holds the same tensors, in the same places, as before."""
     if now.keys() != before.keys():
         return False

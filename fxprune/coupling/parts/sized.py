@@ -31,7 +31,7 @@ _NOTHING_NEW = 3  # number of sizes in a row without anything new after which th
 _MOST_TURNED = 2  # upper limit on the number of routes on which a question gets the other answer
 _LONGEST = 64  # sizes up to this one are tried, however small the example's
 _BATCH = "a batch of"  # beginning of the name of calls with another batch size
-_VALUES = "other values"  # name of the call with other values
+_OTHER_VALUES = "other values"  # name of the call with other values
 
 
 @dataclass
@@ -62,7 +62,7 @@ class _Asked:
     @property
     def is_of_data(self) -> bool:
         """Whether the numbers depend on values of inputs, like a count of objects."""
-        return self.margins.get("") != self.margins.get(_VALUES, self.margins.get(""))
+        return self.margins.get("") != self.margins.get(_OTHER_VALUES, self.margins.get(""))
 
     @property
     def is_free(self) -> bool:
@@ -198,7 +198,7 @@ class Sized:
         if known or found.empties:
             return True
         plain = replace(found.routes[0], turned=())
-        self._accepts(plain, (_VALUES, randomised(Call(self.args, self.kwargs))), asked)
+        self._accepts(plain, (_OTHER_VALUES, randomised(Call(self.args, self.kwargs))), asked)
         if found.is_of_data or answer in found.answers:
             return True
         for sized in self._calls_answering(found):

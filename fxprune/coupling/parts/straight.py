@@ -78,11 +78,11 @@ class _Profile:
         if self._away:
             return
         code = frame.f_code
-        if event == "c_call" and arg is getattr and _is_of_model(frame):
+        if event == "c_call" and arg is getattr and _handles_model(frame):
             self.chooses = True
         if event != "call":
             return
-        if _is_of_model(frame):
+        if _handles_model(frame):
             self.codes.add(code)
         elif code.co_name == "__getitem__" and isinstance(frame.f_locals.get("self"), nn.Module):
             self.chooses = True
@@ -104,7 +104,7 @@ class _Profile:
             self._away = False
 
 
-def _is_of_model(frame: FrameType) -> bool:
+def _handles_model(frame: FrameType) -> bool:
     """Tell whether a function may handle tensors or modules of the model.
 
     Functions of torch, of fxprune and of the standard library do not count. Functions of other

@@ -110,7 +110,7 @@ def _error_for_user(meta_copy: MetaCopy, error: Exception, refused: Exception) -
     if isinstance(refused, InputError) and where in (refused.line, UNKNOWN):
         # its message says more: forward's arguments, or shapes and the layer's weights
         return refused
-    if _is_of_model(error):
+    if _is_models_fault(error):
         return ModelError(
             f"forward of this {type(meta_copy.model).__name__} fails on other grounds than its "
             f"inputs: {type(error).__name__}: {error} (at {where}). Mend that line; a model that "
@@ -123,7 +123,7 @@ def _error_for_user(meta_copy: MetaCopy, error: Exception, refused: Exception) -
     )
 
 
-def _is_of_model(error: Exception) -> bool:
+def _is_models_fault(error: Exception) -> bool:
     """Tell whether an exception is the model's fault, whatever its inputs.
 
     It is if a name is missing, or an attribute of a module. A local variable without a value does

@@ -4,10 +4,10 @@ A run may change these objects, or draw random numbers from them. This package f
 compares them with an earlier state, and restores them.
 """
 
+from fxprune.trace.reach.changes import REPEATED_CALLS, Entry, Reach
 from fxprune.trace.reach.draws import restoring_draws, watching_draws
 from fxprune.trace.reach.holders import MISSING, have_same_value
 from fxprune.trace.reach.reached import Reached
-from fxprune.trace.reach.walk import REPEATED_CALLS, Entry, Reach
 
 __all__ = [
     "MISSING",

@@ -17,9 +17,9 @@ import numpy as np
 from torch import nn
 
 from fxprune.common.random_state import detecting_draws
+from fxprune.trace.reach.changes import Reach
 from fxprune.trace.reach.reached import Reached
 from fxprune.trace.reach.references import follow_attributes, references_of
-from fxprune.trace.reach.walk import Reach
 
 __all__ = ["restoring_draws", "watching_draws"]
 

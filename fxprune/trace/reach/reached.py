@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from fxprune.common.contents import iterate_leaves
+from fxprune.trace.reach.changes import Reach
 from fxprune.trace.reach.holders import keys_of
-from fxprune.trace.reach.walk import Reach
 
 __all__ = ["Reached"]
 
