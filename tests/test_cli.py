@@ -1,4 +1,4 @@
-"""The command line, as a person and as a machine uses it."""
+"""Tests of the command line, with output for people and for machines."""
 
 import json
 import sys
@@ -52,10 +52,10 @@ def run(*arguments):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A module of the user's own, in the folder that the command runs in."""
+    """Write a module of the user's into the folder that the command runs in."""
     (tmp_path / "tinymodels.py").write_text(textwrap.dedent(TINY))
     monkeypatch.chdir(tmp_path)
-    # taken back after the test, with what the command adds
+    # undone after the test, together with what the command adds to the path
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "tinymodels", raising=False)
     return tmp_path
@@ -96,7 +96,7 @@ def test_prune_writes_all_that_is_needed_to_load_the_model(tmp_path):
         "report.json",
         "report.txt",
     ]
-    # nothing half-made is left beside it
+    # no partial result is left
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert (out / "report.txt").read_text() == result.stdout
 
@@ -119,7 +119,7 @@ def test_prune_replaces_an_earlier_result(tiny):
         )
     report = json.loads((tiny / "out" / "report.json").read_text())
     assert [group["kept"] for group in report["groups"] if group["total"] == 8] == [2]
-    assert len(list((tiny / "out").iterdir())) == 5  # nothing half-made is left
+    assert len(list((tiny / "out").iterdir())) == 5  # no partial result is left
 
 
 def test_only_names_of_torchvision_need_torchvision(tiny, monkeypatch):
@@ -555,7 +555,7 @@ def test_every_budget_is_an_option(tiny):
 
 def test_a_latency_budget(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
-    # Calls of a tenth of a millisecond take as long as whatever else the machine does.
+    # Calls of a tenth of a millisecond cannot be timed reliably on a busy machine.
     monkeypatch.setattr(
         "fxprune.latency_budget.time_models",
         lambda models, *_, **__: dict.fromkeys(models, Timing(1, 1, 1, 1)),
@@ -711,8 +711,8 @@ def test_compare_for_machines(tiny):
     ]
     assert data["overlap"][first][last] == data["overlap"][last][first] == 0
     assert data["overlap"]["cpmc"]["cpmc"] == data["overlap"][first][first] == 1
-    # Each removes 7 units, the two halves; of cpmc's 7 each lies in one of them. Of x common ones
-    # the overlap is x / (14 - x).
+    # Each criterion removes 7 units. Those of first and last are complementary, so each of cpmc's
+    # 7 units is removed by one of these two. With x common units the overlap is x / (14 - x).
     shared = [
         round(14 * o / (1 + o))
         for o in (data["overlap"]["cpmc"][first], data["overlap"]["cpmc"][last])
