@@ -1,4 +1,4 @@
-"""Exported files give in a process of their own what the model gives here."""
+"""Tests of export: a file gives in its own process what the model gives here."""
 
 import math
 import sys
@@ -68,7 +68,7 @@ def test_a_transformer_with_keywords(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_without_a_dynamic_batch(tmp_path: Path) -> None:
-    """A model that unrolls its batch in Python has no other."""
+    """A model that unrolls its batch in Python can be exported for one batch size only."""
 
     class Unrolled(nn.Module):
         def __init__(self) -> None:
@@ -157,7 +157,10 @@ def test_operations_of_torchvision(tmp_path: Path) -> None:
 def test_packages_are_those_that_define_operations_of_the_program(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a branch too, and no package that is only loaded here."""
+    """Packages that define operations of a program are listed, also those used in a branch.
+
+    Packages that are only loaded here are not.
+    """
 
     class Branching(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +173,7 @@ def test_packages_are_those_that_define_operations_of_the_program(
     fresh.register_fake(torch.empty_like)
     assert packages_of(torch.export.export(small(), (torch.zeros(1, 3, 9, 9),))) == []
     program = torch.export.export(Branching(), (torch.zeros(3),))
-    assert packages_of(program) == []  # no package of this name, so none that could be imported
+    assert packages_of(program) == []  # no package of this name can be imported
     monkeypatch.setitem(sys.modules, "fxprune_package", sys)
     assert packages_of(program) == ["fxprune_package"]
 
@@ -190,8 +193,10 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own writer of files ends the process there: it is given memory, and what writes to
-    the disk is Python's.
+    """A full disk raises an error and leaves no file.
+
+    torch's own writer of files would end the process. Therefore it writes to memory, and Python
+    writes the file.
     """
 
     def full(self: Path, data: Any) -> int:
