@@ -43,7 +43,7 @@ LAYERS = [
     "cli",
     "__main__",
 ]
-PACKAGE_FILE = "__init__"  # re-exports from any layer but those of the command line
+PACKAGE_FILE = "__init__"  # re-exports from any layer except those of the command line
 # packages of the extra "cli", which only the layer cli may import
 EXTRA = {"typer", "rich", "click", "torchvision"}
 

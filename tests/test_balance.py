@@ -99,6 +99,7 @@ def test_a_shuffle_ties_the_positions_of_blocks() -> None:
 
 
 def test_a_shuffle_ties_the_smaller_side() -> None:
+    """A shuffle of six blocks of two leaves groups of 2 units or groups of 6 units."""
     coupling = between(lambda x: x.view(-1, 6, 2).transpose(1, 2).flatten(1))
     assert sorted({group.size for group in coupling.groups}) in ([2], [6])
     assert len(set(positions(coupling, "a.weight"))) == sum(

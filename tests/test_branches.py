@@ -160,6 +160,7 @@ def checked_against_another(model: Any, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("code", [steps, laid_flat, refused, checked_against_another])
 def test_sizes_that_decide_nothing_cost_nothing(code: Any) -> None:
+    """Sizes that choose between no layers do not limit what can be pruned."""
     model = randomise(Sized(code)).eval()
     del model.weight, model.layers
     pruned = fxprune.prune(model, torch.randn(2, 4, 6, dtype=torch.float64), channels=0.5)

@@ -161,7 +161,7 @@ CASES = [
     Case("F.channel_shuffle", lambda x: F.channel_shuffle(x, 3)),
     Case("aten.channel_shuffle", lambda x: aten.channel_shuffle.default(x, 3)),
     Case("torch.permute_copy", lambda x: torch.permute_copy(x, (0, 1, 3, 2)).mT),
-    # axes that have one position left
+    # axes with one remaining position
     Case("x.squeeze", lambda x: x[:, :2].contiguous().squeeze(), 2),
     Case("x.squeeze by dims", lambda x: x[:, :2].squeeze((1,)), 2),
     # convolutions by name
@@ -254,6 +254,7 @@ SPELLINGS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("target", "args", "kwargs"), SPELLINGS)
 def test_a_call_keeps_its_spelling(target: Any, args: Any, kwargs: Any) -> None:
+    """A corrected call keeps its target, and passes its arguments as before."""
     graph = fx.Graph()
     node = (
         graph.call_method(target, args, kwargs)

@@ -404,6 +404,7 @@ def test_a_model_that_cannot_be_built(spec, said, factories):
     ids=lambda arguments: " ".join(map(str, arguments[:1] + arguments[4:])),
 )
 def test_a_slip_is_told_in_a_sentence(arguments, tiny):
+    """A wrong argument or file gives exit status 2 and an error without a traceback."""
     (tiny / "broken.json").write_text('{"schema": 3, "groups": [{"name": 3}]}')
     fails(run(*arguments))
 
@@ -413,6 +414,7 @@ def test_a_slip_is_told_in_a_sentence(arguments, tiny):
     [(), ("prune",), ("prune", "resnet18", "--channels", "half"), ("prune", "--nonsense")],
 )
 def test_a_command_line_that_is_none(arguments):
+    """A command line that cannot be parsed shows the usage."""
     result = run(*arguments)
     assert result.exit_code == 2
     assert "Traceback" not in result.output
@@ -420,6 +422,7 @@ def test_a_command_line_that_is_none(arguments):
 
 
 def test_a_warning_is_a_sentence(factories):
+    """A warning is printed without the file that raised it."""
     result = run("prune", "factories:pinned", "--input", "1,3,8,8", "--channels", 0.5)
     assert result.exit_code == 0, result.output
     assert (
@@ -659,6 +662,7 @@ def test_apply_is_prune_in_two_steps(tiny):
 
 
 def test_apply_that_cannot_be(tiny):
+    """``apply`` refuses a plan of another model, and a file that holds no plan."""
     assert run("plan", *TINY_ARGS, "--channels", 0.5, "-o", "plan.json").exit_code == 0
     fails(run("apply", "plan.json", "tinymodels:Model"), "another architecture than this Model")
     fails(run("apply", "missing.json", "tinymodels:build"), "Cannot read missing.json")

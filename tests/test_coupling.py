@@ -319,6 +319,8 @@ def test_a_computed_weight_is_read_where_its_parameter_is(how: str) -> None:
 
 
 def test_overrides_by_name_mean_the_layer_though_its_weight_is_computed() -> None:
+    """``layers=`` finds a layer by name, also if a parametrization computes its weight."""
+
     def normed() -> nn.Sequential:
         layers = (
             nn.utils.parametrizations.weight_norm(nn.Linear(a, b))
@@ -334,6 +336,8 @@ def test_overrides_by_name_mean_the_layer_though_its_weight_is_computed() -> Non
 
 
 def test_a_product_of_weights_alone_reads_its_own_factors() -> None:
+    """In a product of two weights, the axis between them is dependent in both."""
+
     class LowRank(nn.Module):
         def __init__(self) -> None:
             super().__init__()

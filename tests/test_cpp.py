@@ -173,7 +173,7 @@ def test_what_cannot_be_followed_leaves_the_process_alive(name: str) -> None:
     assert kind(said) in ALLOWED, said
 
 
-@pytest.mark.slow  # the compiler takes its time
+@pytest.mark.slow  # compiling takes long
 @pytest.mark.filterwarnings("ignore")
 def test_an_extension_of_a_user() -> None:
     if importlib.util.find_spec("ninja") is None or shutil.which("c++") is None:
@@ -190,6 +190,7 @@ def test_an_extension_of_a_user() -> None:
 
 
 def test_a_name_that_is_bound_later() -> None:
+    """A global name in forward is looked up again in each trace."""
     space: dict[str, Any] = {"power": None}
     exec("def apply(x):\n    return x if power is None else power(x, 2)", space)
     assert apart(lambda: outcome(space["apply"])) == "pruned"
@@ -349,6 +350,7 @@ def test_what_goes_by_sizes_below_python_holds_the_graph_to_them(
 
 @pytest.mark.filterwarnings("ignore")
 def test_sizes_that_a_scripted_function_only_notes_hold_nothing() -> None:
+    """A scripted function that decides nothing by the batch size does not fix it."""
     emitted = fxprune.prune(
         Between(lambda model, h: swish(h)), torch.randn(2, 4), channels=0.5, verify=True
     ).model
@@ -399,6 +401,7 @@ WITH_OTHERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 def test_a_module_that_is_called_with_other_parameters(
     call: Callable[[Any, Tensor], Tensor],
 ) -> None:
+    """``functional_call`` with computed, constant or own parameters is pruned exactly."""
     fxprune.prune(Between(call), torch.randn(2, 4), channels=0.5, verify=True)
 
 
@@ -414,6 +417,7 @@ def test_modes_of_the_model_change_what_they_change(mode: Any) -> None:
 
 
 def test_a_module_that_is_called_with_other_parameters_has_both_modes() -> None:
+    """A norm under ``functional_call`` updates its statistics in training mode only."""
     model = Between(
         lambda model, h: torch.func.functional_call(
             model.norm, {"weight": model.norm.weight * 0.5}, (h,)

@@ -177,6 +177,7 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("name", FOLDED)
 def test_what_scales_channels_goes_into_the_weights(name: str) -> None:
+    """Batch norms and factors of channels are folded into the weights."""
     build, shape = FOLDED[name]
     _, fast = deployed(build(), *shape)
     left = [m for m in fast.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -345,6 +346,7 @@ def seen_by_the_view(m: nn.Module, x: Tensor) -> Tensor:
     ids=lambda f: f.__name__,
 )
 def test_what_would_be_a_copy_channels_last_is_refused(forward: Callable[..., Tensor]) -> None:
+    """A view that is written to is refused, because it would be a copy in channels-last layout."""
     model = randomise(conv_and_norm(forward)).eval()
     x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
     pruned = fxprune.prune(model, x, channels=0.5).model
@@ -354,6 +356,8 @@ def test_what_would_be_a_copy_channels_last_is_refused(forward: Callable[..., Te
 
 
 def test_writing_before_or_beside_a_view_is_no_reason() -> None:
+    """A write before a view is allowed, and one after which the viewed tensor is not read."""
+
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         y = m.conv(x)
         y += 1

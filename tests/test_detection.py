@@ -62,6 +62,7 @@ def test_with_these_every_torchvision_model_is_covered() -> None:
 
 @pytest.mark.long
 def test_detectors(detector: Detector) -> None:
+    """A pruned detector is exact and smaller, keeps its class and names, and finds boxes."""
     case, model, pruned = detector.case, detector.model, detector.pruned
     assert pruned.report.error is not None
     assert pruned.report.error <= LARGEST_ERROR

@@ -387,6 +387,7 @@ class Branches(nn.Module):
 
 
 def test_where_values_decide_both_ways_are_tied() -> None:
+    """If values decide on a branch, the channels of both branches are coupled."""
     model, x = randomise(Branches()).eval(), torch.randn(IMAGE, dtype=torch.float64)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert share_left(pruned) < 0.5
@@ -582,6 +583,8 @@ def test_what_is_done_for_some_callers_only_stays_python(
 def test_a_device_that_is_handed_on_stays_a_graph(
     device: Callable[[Any, Tensor], torch.device],
 ) -> None:
+    """A device that is only passed on does not keep the model from being one graph."""
+
     class HandsOn(Asks):
         def forward(self, x: Tensor) -> Tensor:
             place = device(self, x)
@@ -665,6 +668,7 @@ class CallsInside(nn.Module):
 
 @pytest.mark.parametrize("way", ["path", "method", "forward"])
 def test_a_part_lies_in_no_other(way: str) -> None:
+    """Of two nested modules that are called, at most one is a part."""
     model, x = CallsInside(way).eval(), torch.randn(2, 6)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert pruned.report.error < 1e-9
@@ -982,6 +986,7 @@ class Layers(nn.Module):
 
 
 def test_parts_know_their_sizes() -> None:
+    """Modules of torch.nn have attributes with the pruned sizes."""
     model, x = Layers().eval(), torch.randn(IMAGE)
     small = fxprune.prune(model, x, channels=0.5, verify=True).model
     assert (
@@ -1162,6 +1167,7 @@ UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("made", UNSEEN.values(), ids=UNSEEN)
 def test_tensors_that_no_operation_makes_between_parts(made: Callable[[Tensor], Tensor]) -> None:
+    """Pruning is exact with tensors between parts that are made without an operation."""
     model, x = Between(lambda model, y: made(y)).eval(), torch.randn(IMAGE)
     fxprune.prune(model, x, channels=0.5, verify=True).model(x)
 

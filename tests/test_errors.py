@@ -98,6 +98,7 @@ def test_budgets_that_are_no_share(budget: str) -> None:
 
 
 def test_a_budget_is_not_forgotten() -> None:
+    """If no budget is given, the error lists the arguments that set one."""
     refused(ArgumentError, "channels=", "macs=", "params=", "layers=", channels=None)
 
 
@@ -218,6 +219,7 @@ def test_integer_example_for_a_convolution() -> None:
 
 
 def test_model_that_is_none() -> None:
+    """A function in place of a model is refused."""
     refused((ModelError, ArgumentError), "nn.Module", "function|lambda", model=lambda x: x)
 
 
@@ -460,6 +462,7 @@ BROKEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.parametrize("does", [fxprune.prune, fxprune.cost.cost_of])
 def test_a_module_that_is_no_whole_one(name: str, does: Callable[..., Any]) -> None:
+    """A module that lacks its own attributes, or holds values of a wrong type, is refused."""
     build, words = BROKEN[name]
     with pytest.raises(ModelError, match=words):
         does(build(), torch.randn(IMAGE), **({"channels": 0.5} if does is fxprune.prune else {}))
@@ -622,6 +625,7 @@ def test_plan_of_a_model_with_other_names() -> None:
 
 @pytest.mark.parametrize("text", ["", "not json", "[]", "{}", "null", '{"version": 1}'])
 def test_plan_that_is_none(text: str) -> None:
+    """Text that is not a plan is refused."""
     with pytest.raises(PlanError, match=r"(?i)plan"):
         fxprune.Plan.from_json(text)
 

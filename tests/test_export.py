@@ -50,6 +50,8 @@ def test_a_pruned_model_in_a_fresh_process(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_transformer_with_keywords(tmp_path: Path) -> None:
+    """A model with keyword arguments and a dict as output can be exported."""
+
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -94,6 +96,7 @@ def test_without_a_dynamic_batch(tmp_path: Path) -> None:
 def test_a_file_that_gives_something_else_is_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A file whose results differ from the model's is refused and removed."""
     program = (
         Path(runner.__file__)
         .read_text()
@@ -107,6 +110,7 @@ def test_a_file_that_gives_something_else_is_no_result(
 
 
 def test_a_file_that_gives_no_number_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in a file's results counts as an infinite difference."""
     runtimes = sys.modules["fxprune.runtimes"]
     given = torch.tensor([1.0, math.nan])
     monkeypatch.setattr(runtimes, "_run_apart", lambda *_: [[given]])
@@ -119,6 +123,7 @@ def test_a_file_that_gives_no_number_is_no_result(monkeypatch: pytest.MonkeyPatc
 def test_a_file_that_needs_fxprune_is_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A file that imports fxprune when it runs is refused."""
     program = (
         Path(runner.__file__)
         .read_text()
