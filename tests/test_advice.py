@@ -1,5 +1,6 @@
-"""A call that removes hardly anything says so, and what holds it; one that removes what was asked
-for says nothing.
+"""Tests of the warning that pruning removed hardly anything.
+
+The warning names what keeps the model large. A call that removes what was asked for does not warn.
 """
 
 import re
@@ -17,7 +18,7 @@ from fxprune.errors import FxpruneWarning
 
 
 class Sorted(nn.Module):
-    """An order of the channels, in which nothing can be removed; a small rest can."""
+    """A network whose channels are sorted, so that only a small layer can be pruned."""
 
     def __init__(self, rest: int) -> None:
         super().__init__()
@@ -38,6 +39,7 @@ X, IMAGE = torch.randn(2, 32), torch.randn(2, 3, 8, 8)
 
 @pytest.mark.parametrize("scope", ["group", "global"])
 def test_what_is_nearly_all_pinned(scope: str) -> None:
+    """The warning names the request, the parameters left, the main cause and the next step."""
     with pytest.warns(FxpruneWarning) as caught:
         report = fxprune.prune(Sorted(4), X, channels=0.5, scope=scope).report
     (warning,) = caught
@@ -56,7 +58,7 @@ def test_what_is_nearly_all_pinned(scope: str) -> None:
 
 
 def between(function: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Two layers with something between them, the second of which has most of the work."""
+    """Build two linear layers with a function between them."""
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -70,7 +72,7 @@ def between(function: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 class Computed(nn.Module):
-    """The weight that is used is computed of the one that is held."""
+    """A layer whose weight is computed from its parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,8 +120,9 @@ def spectral() -> nn.Module:
 def test_the_reason_that_is_named_is_the_cause(
     model: nn.Module, x: Tensor, reason: str | None
 ) -> None:
-    """Not what follows from it: a layer behind stays as wide as it is for the reason of the layer
-    before.
+    """The warning names a cause, not its consequences.
+
+    A layer behind a pinned layer keeps its width only because of that layer.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -174,7 +177,10 @@ def test_no_false_alarm(model: nn.Module, x: Tensor, options: dict[str, Any]) ->
 
 
 class TrainsElsewhere(nn.Module):
-    """Training asks for values, and the weight is in no module that could be traced alone."""
+    """A model whose training path branches on values, so that it cannot be traced.
+
+    The weights are in no submodule that could be traced alone.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,6 +194,7 @@ class TrainsElsewhere(nn.Module):
 
 
 def test_a_graph_of_evaluation_alone() -> None:
+    """If the training path cannot be traced, a warning says what is assumed."""
     with pytest.warns(
         FxpruneWarning,
         match=r"computes in training what it computes in evaluation.*test_advice\.py:\d+",

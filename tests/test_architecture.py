@@ -1,4 +1,4 @@
-"""The layers of the package: imports go one way only."""
+"""Tests of the order of the package's layers: imports go one way only."""
 
 import ast
 import sys
@@ -44,8 +44,8 @@ LAYERS = [
     "cli",
     "__main__",
 ]
-PACKAGE_FILE = "__init__"  # re-exports from any layer but those of the command line
-# what the extra "cli" brings, and cli alone may import
+PACKAGE_FILE = "__init__"  # re-exports from any layer except those of the command line
+# packages of the extra "cli", which only the layer cli may import
 EXTRA = {"typer", "rich", "click", "torchvision"}
 
 
@@ -54,7 +54,7 @@ def layer_of(path: Path) -> str:
 
 
 def imported_modules(path: Path) -> list[tuple[int, str]]:
-    """(line, absolute dotted name) of everything that a file imports, inside functions too."""
+    """Return line and absolute dotted name of each import in a file, also inside functions."""
     package = ["fxprune", *path.relative_to(PACKAGE).parent.parts]
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
@@ -118,6 +118,7 @@ def test_the_check_sees_a_wrong_import(tmp_path, monkeypatch):
 
 
 def test_no_stub_of_another_package_decides_whether_the_types_are_right():
+    """mypy skips every package that fxprune imports, so their stubs cannot change its verdict."""
     settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))[
         "tool"
     ]["mypy"]

@@ -1,4 +1,4 @@
-"""Models as they come: compiled, on the meta device, made or pruned in inference mode."""
+"""Tests of models that are compiled, on the meta device, or made or pruned in inference mode."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ IMAGE = torch.randn(2, 3, 8, 8)
 
 
 def test_a_compiled_model_is_the_model_that_was_compiled(tmp_path: Path) -> None:
+    """A compiled model is treated as the original module, and nothing is compiled."""
     net, built = network().eval(), []
 
     def run(graph: Any, inputs: Any) -> Any:
@@ -50,7 +51,7 @@ def test_a_compiled_model_is_the_model_that_was_compiled(tmp_path: Path) -> None
 
 
 class Attends(nn.Module):
-    """Python reads an attribute of a compiled module, and branches on values."""
+    """A model that reads an attribute of a compiled module, and may branch on values."""
 
     def __init__(self, branches: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Axes that are split: which blocks there are, and what has to go together."""
+"""Tests of axes that are split: the blocks they form, and the units that must go together."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from fxprune.coupling.balance import shrinking_dim
 
 
 class Split(nn.Module):
-    """Two linear layers, of 12 units between them, and what a function does there."""
+    """Two linear layers with a function between them, on 12 units by default."""
 
     def __init__(
         self, function: Callable[[Tensor], Tensor], width: int = 12, out: int = 12
@@ -38,7 +38,7 @@ def only(coupling: fxprune.Coupling) -> Any:
 
 
 def positions(coupling: fxprune.Coupling, name: str) -> list[int]:
-    """The unit at each position of the first axis of a parameter, numbered in order."""
+    """Return the unit at each position of a parameter's first axis, numbered in order."""
     (labels,) = (a for a in coupling.parameter_labels(name) if a.shape[0] > 1)
     return np.unique(labels.ravel(), return_inverse=True)[1].tolist()
 
@@ -55,7 +55,7 @@ def test_no_split_no_blocks() -> None:
 
 
 def test_a_head_dimension_loses_as_many_in_each_head() -> None:
-    """Scores of heads are summed over the head dimension: three heads of four."""
+    """A sum over the head dimension of three heads makes three blocks."""
     coupling = between(
         lambda x: (
             (x.view(-1, 3, 4) * x.view(-1, 3, 4)).sum(2, keepdim=True).expand(-1, 3, 4).flatten(1)
@@ -66,7 +66,7 @@ def test_a_head_dimension_loses_as_many_in_each_head() -> None:
 
 
 def test_a_packed_projection_has_a_block_for_each_head_of_each_part() -> None:
-    """Queries go with keys, values stand alone; each head of both keeps equally many."""
+    """Each of three heads has a block of queries with their keys, and a block of values."""
     coupling = fxprune.analyze(Split(attend, 36), torch.randn(2, 6, 5))
     group = only(coupling)
     assert (group.size, group.blocks) == (24, 6)
@@ -88,8 +88,9 @@ def test_blocks_keep_equally_many(channels: float) -> None:
 
 
 def test_a_shuffle_ties_the_positions_of_blocks() -> None:
-    """Transposed blocks lie one after the other: position i of each block goes with position i of
-    the others.
+    """A shuffle couples position i of each block with position i of the other blocks.
+
+    Transposing the blocks puts these positions next to each other.
     """
     coupling = between(lambda x: x.view(-1, 3, 4).transpose(1, 2).flatten(1))
     group = only(coupling)
@@ -98,6 +99,7 @@ def test_a_shuffle_ties_the_positions_of_blocks() -> None:
 
 
 def test_a_shuffle_ties_the_smaller_side() -> None:
+    """A shuffle of six blocks of two leaves groups of 2 units or groups of 6 units."""
     coupling = between(lambda x: x.view(-1, 6, 2).transpose(1, 2).flatten(1))
     assert sorted({group.size for group in coupling.groups}) in ([2], [6])
     assert len(set(positions(coupling, "a.weight"))) == sum(
@@ -110,12 +112,10 @@ def test_a_split_that_is_joined_again_ties_nothing() -> None:
     assert group.size == 12
 
 
-# nothing can go, which is what is tested
+# nothing can be removed here, which the test expects
 @pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 def test_splits_that_disagree_are_tied() -> None:
-    """Rows of four and rows of three of the same units: both can be met, with fewer units than one
-    alone has.
-    """
+    """Blocks of four and blocks of three together leave fewer units than one split alone."""
 
     def twice(x: Tensor) -> Tensor:
         fours = x.view(-1, 3, 4) * x.view(-1, 3, 4).sum(2, keepdim=True)
@@ -131,7 +131,7 @@ def test_splits_that_disagree_are_tied() -> None:
 
 
 def test_splits_that_refine_each_other_stand_together() -> None:
-    """Two blocks of six, each of two blocks of three: all four keep equally many."""
+    """Two blocks of six, each split into two blocks of three, make four balanced blocks."""
 
     def twice(x: Tensor) -> Tensor:
         sixes = x.view(-1, 2, 6) * x.view(-1, 2, 6).sum(2, keepdim=True)
@@ -161,12 +161,10 @@ def test_a_depthwise_convolution_has_no_blocks() -> None:
     assert (group.size, group.blocks) == (12, 0)
 
 
-# nothing can go, which is what is tested
+# nothing can be removed here, which the test expects
 @pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 def test_blocks_with_one_pinned_part_are_pinned() -> None:
-    """A unit of one block has to stay, and then this block could not lose as many as the
-    others.
-    """
+    """A block with a pinned unit could not lose as many units as the other blocks."""
     model = Split(
         lambda x: (
             (x.view(-1, 3, 4) * x.view(-1, 3, 4).sum(2, keepdim=True)).flatten(1) + 0 * x[:, :1]

@@ -1,5 +1,7 @@
-"""What scripted functions and ``torch.func`` do below Python: followed for any batch, and held to
-the sizes that they read.
+"""Tests of scripted functions and ``torch.func``, which call operations below Python.
+
+The pruned model runs on any batch. Only the sizes that such a function reads are fixed to the
+example's.
 """
 
 import warnings
@@ -120,6 +122,7 @@ def test_sizes_that_are_read_inside_of_vmap_are_held(name: str) -> None:
 
 
 def test_what_is_split_below_is_held() -> None:
+    """A tensor that is reshaped under vmap fixes the size of the image."""
     model = randomise(Between(by_vmap(attended))).eval()
     pruned = fxprune.prune(model, torch.randn(2, 3, 3, 4, dtype=torch.float64), channels=0.5).model
     with torch.no_grad(), pytest.raises(AssertionError, match="traced for inputs with"):
@@ -198,7 +201,7 @@ FREE |= {
     (numbered, by_script): "HW",
     (handed, by_vmap): "B",
 }
-"""Functions, and which of batch, height and width the pruned model takes any of."""
+"""Function and how it is called -> the sizes (batch, height, width) that may still change."""
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -211,6 +214,7 @@ with warnings.catch_warnings():
 def test_sizes_are_held_by_which_something_goes_and_no_others(
     function: Callable[[Tensor], Tensor], how: Any
 ) -> None:
+    """A size that decides something is fixed to the example's, and every other size may change."""
     torch.manual_seed(0)
     model = randomise(Between(how(function))).eval()
     pruned = fxprune.prune(model, torch.randn(2, 3, 8, 6, dtype=torch.float64), channels=0.5).model
@@ -234,7 +238,7 @@ def test_sizes_are_held_by_which_something_goes_and_no_others(
 
 
 def test_sizes_of_two_inputs_may_be_one() -> None:
-    """Neither batch is of another size alone."""
+    """Two inputs have one batch size, which may only change for both together."""
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -254,7 +258,7 @@ def test_sizes_of_two_inputs_may_be_one() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_batch_of_one_that_is_held_is_the_example() -> None:
-    """Analysis runs on two rows; the graph is for one."""
+    """A batch of one is fixed to one, although the analysis widens it to two rows."""
     model = randomise(Between(by_script(capped))).eval()
     x = torch.randn(1, 3, 3, 4, dtype=torch.float64)
     pruned = fxprune.prune(model, x, channels=0.5).model
@@ -263,6 +267,7 @@ def test_a_batch_of_one_that_is_held_is_the_example() -> None:
 
 
 def test_scripts_are_called_as_ever_after_a_trace() -> None:
+    """A trace that fails restores the methods that call scripts."""
     before = torch.jit.ScriptFunction.__call__, torch._C.ScriptMethod.__call__
     model = randomise(Between(lambda x: by_script(swapped)(x).unknown)).eval()
     with pytest.raises(fxprune.FxpruneError):
@@ -271,7 +276,7 @@ def test_scripts_are_called_as_ever_after_a_trace() -> None:
 
 
 class Squared(torch.autograd.Function):
-    """A function whose gradient is its own: three times the input, not twice."""
+    """A square whose own gradient is three times the input, not twice."""
 
     generate_vmap_rule = True
 
@@ -310,7 +315,9 @@ def made_inside(x: Tensor) -> Tensor:
 def test_gradients_of_a_function_of_its_own_stay_its_own(
     function: Callable[[Tensor], Tensor],
 ) -> None:
-    """Inside of the transforms of torch.func, too, and where its class is another one at each
+    """A custom autograd function keeps its own gradient.
+
+    This holds inside the transforms of ``torch.func`` too, and if its class is made anew at each
     call.
     """
 
@@ -373,6 +380,8 @@ def laid_out_anew(x: Tensor) -> Tensor:
 def test_what_no_graph_can_do_is_said_with_its_line(
     function: Callable[[Tensor], Tensor], said: str
 ) -> None:
+    """An error about what no graph can do names the user's line."""
+
     class Calls(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,5 +1,6 @@
-"""The parts of the benchmarks that no result would show to be wrong: what the data are, and what a
-row of the table means.
+"""Tests of benchmark code whose mistakes would not show in a result.
+
+They check what the data are, what a row of a table means, and that the latency scripts run.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def data(accuracy: Any) -> ModuleType:
 def write_cifar(
     folder: Path, kind: type[datasets.CIFAR10], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, np.ndarray]:
-    """The files of CIFAR as its authors ship them, filled with noise; 6,000 images to train on and
-    40 to test.
+    """Write the files of CIFAR as its authors ship them, filled with noise.
+
+    There are 6,000 training images and 40 test images. Return the images of each file.
     """
     generator, written = np.random.default_rng(0), {}
     labels, classes = ("labels", 10) if kind is datasets.CIFAR10 else ("fine_labels", 100)
@@ -93,7 +95,7 @@ def test_cifar_is_read_from_its_folder(
     ]
     assert (found.classes, found.channels, found.flip) == (classes, 3, True)
     assert found.train.labels.max() < classes
-    # The first image is the first one of the first file, red, green and blue one after the other,
+    # The first image is the first one of the first file: a red, a green and a blue plane,
     # normalised.
     first = next(iter(written.values()))[0].reshape(3, 32, 32)
     for channel in range(3):
@@ -166,7 +168,7 @@ def test_a_variant_with_the_settings_of_cpmc_is_cpmc(accuracy: Any, data: Any) -
 def few(
     accuracy: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Any, Any]:
-    """A setting of one epoch over 70 digits, and where its weights go."""
+    """Return a setting of one epoch over 70 digits, and the place for its weights."""
     digits = data.load("digits", 8)
     parts = {
         part: data.Part(getattr(digits, part).images[:70], getattr(digits, part).labels[:70])
@@ -202,7 +204,10 @@ def test_a_row_keeps_to_its_budget_and_leaves_the_dense_network_as_it_was(
 
 
 def test_criteria_are_compared_on_the_same_weights(accuracy: Any) -> None:
-    """Seeds differ by far more than criteria; a seed that one of the two lacks says nothing."""
+    """Criteria are compared on seeds that both have.
+
+    Seeds differ by far more than criteria, so a seed that only one has says nothing.
+    """
     names = {"cpmc": "cpmc", "l1": "l1", "random": "random"}
     dense = {"data": "digits", "size": 8, "epochs": 1, "finetune": 1, "rate": 0.1}
     options = SimpleNamespace(shown=names, removed=(0.5, 0.85), seeds=(0, 1, 2), **dense)
@@ -239,14 +244,15 @@ def test_a_second_run_reads_the_trained_weights_from_the_cache(accuracy: Any, fe
 
 @pytest.fixture
 def run_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs a latency benchmark on small images for a moment, and returns the file of results that
-    it wrote.
+    """Return a function that runs a latency benchmark briefly on small images.
+
+    It returns the models in the file of results that the benchmark wrote.
     """
 
     def run(name: str, *more: str) -> Any:
         with imported(name) as module:
             monkeypatch.setattr(sys.modules["_common"], "RESULTS", tmp_path)
-            # it would be for this whole process
+            # keep_memory would change this whole process
             monkeypatch.setattr(sys.modules["_latency"], "keep_memory", lambda: False)
             argv = [
                 "--quick",
@@ -291,6 +297,7 @@ def test_the_latency_of_every_budget(run_quickly: Callable[..., Any]) -> None:
 
 @pytest.mark.long
 def test_by_hand_at_the_pruned_widths(run_quickly: Callable[..., Any]) -> None:
+    """The pruned network computes the same in all four forms that are measured."""
     record = run_quickly("latency_plain", "--models", "resnet18", "--repeats", "2")["resnet18"]
     assert list(record["differences"]) == ["plain", "deployed", "class", "graph"]
     assert max(record["differences"].values()) < 1e-4

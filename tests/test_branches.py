@@ -1,5 +1,6 @@
-"""Python between parts that goes by sizes of its inputs: whichever way they lead, as the masked
-original goes.
+"""Tests of Python code between parts that branches on sizes of its inputs.
+
+On every branch the pruned model equals the masked original.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from tests.support.checking import masked, randomise, relative_error
 
 
 class Sized(nn.Module):
-    """Layers on tokens, and code of sizes between them. What it finds in its input keeps it from
-    being one graph.
+    """Layers on tokens, with code between them that depends on sizes.
+
+    The call of ``torch.nonzero`` on the input keeps the model from being one graph.
     """
 
     def __init__(self, code: Callable[[Any, Tensor], Tensor]) -> None:
@@ -158,6 +160,7 @@ def checked_against_another(model: Any, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("code", [steps, laid_flat, refused, checked_against_another])
 def test_sizes_that_decide_nothing_cost_nothing(code: Any) -> None:
+    """Sizes that choose between no layers do not limit what can be pruned."""
     model = randomise(Sized(code)).eval()
     del model.weight, model.layers
     pruned = fxprune.prune(model, torch.randn(2, 4, 6, dtype=torch.float64), channels=0.5)
@@ -166,7 +169,10 @@ def test_sizes_that_decide_nothing_cost_nothing(code: Any) -> None:
 
 
 def test_where_the_other_way_cannot_be_followed_parts_are_whole_to_each_other() -> None:
-    """No input near the example's sizes goes it, and the example itself fails on it."""
+    """A branch that cannot be followed leaves the parts at full width between each other.
+
+    No input near the example's sizes takes this branch, and the example itself fails on it.
+    """
 
     def code(model: Any, y: Tensor) -> Tensor:
         if y.shape[1] > 300:
@@ -196,6 +202,8 @@ def test_training_goes_by_sizes_too() -> None:
 
 
 def test_questions_about_sizes() -> None:
+    """Questions about sizes are recorded with their margins, and can be given the other answer."""
+
     def asks(x: Tensor) -> list[bool]:
         n = x.shape[1]
         return [n > 3 and True, -(-n // 2) * 2.0 < 9, bool(n % 2), n == max(n, 1) and len(x) != 2]
@@ -220,6 +228,8 @@ def test_questions_about_sizes() -> None:
 
 
 def test_the_same_question_has_one_answer() -> None:
+    """The other answer to a question holds for its other forms too, but for no other question."""
+
     def asks(x: Tensor) -> tuple[bool, ...]:
         n = x.shape[0]
         return (n > 3, not n <= 3, n > 3, n > 2)

@@ -1,8 +1,8 @@
-"""One op in many spellings: numbers in a call that describe channels are corrected, or the
-channels are pinned.
+"""Tests of one operation in many spellings.
 
-Every row gives features of shape (batch, 12 channels, 3, 4) something to do along the channel axis
-that names a size or a position.
+Numbers in a call that describe channels are corrected, or the channels are pinned. Each case calls
+an operation along the channel axis of features of shape (batch, 12 channels, 3, 4), and names a
+size or a position there.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Case:
     name: str
     function: Callable[[Tensor], Tensor]
     width: int = 12
-    pruned: bool | None = True  # None: either will do
+    pruned: bool | None = True  # None: either is right
 
 
 def held(name: str, function: Callable[[Tensor], Tensor], width: int = 12) -> Case:
@@ -34,7 +34,7 @@ def held(name: str, function: Callable[[Tensor], Tensor], width: int = 12) -> Ca
 
 
 def last(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function with the channels last."""
+    """Return the function, called with the channels on the last axis."""
     return lambda x: function(x.movedim(1, -1)).movedim(-1, 1)
 
 
@@ -43,7 +43,7 @@ def pooled(x: Tensor) -> Tensor:
 
 
 def summed_padding(x: Tensor) -> Tensor:
-    """A padding that is computed as a list of pairs, one for each dimension."""
+    """Pad channels by a list that is computed from pairs, one pair for each dimension."""
     pad = [(0, 0)] * x.dim()
     pad[1] = (1, 3)
     return F.pad(x, sum(pad[::-1], ()))
@@ -161,7 +161,7 @@ CASES = [
     Case("F.channel_shuffle", lambda x: F.channel_shuffle(x, 3)),
     Case("aten.channel_shuffle", lambda x: aten.channel_shuffle.default(x, 3)),
     Case("torch.permute_copy", lambda x: torch.permute_copy(x, (0, 1, 3, 2)).mT),
-    # axes that have one position left
+    # axes with one remaining position
     Case("x.squeeze", lambda x: x[:, :2].contiguous().squeeze(), 2),
     Case("x.squeeze by dims", lambda x: x[:, :2].squeeze((1,)), 2),
     # convolutions by name
@@ -197,7 +197,7 @@ class Between(nn.Module):
         return self.b(self.case.function(self.a(x)))
 
 
-@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # where nothing can go
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # where nothing can be removed
 @pytest.mark.parametrize("channels", [0.5, 0.1])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_spelling_is_exact_or_pinned(case: Case, channels: float) -> None:
@@ -216,8 +216,10 @@ def test_every_spelling_is_exact_or_pinned(case: Case, channels: float) -> None:
 
 
 def test_literal_sizes_hold_what_they_are_laid_out_from() -> None:
-    """At twice the width the original mixes rows of two images in silence; a graph of fewer
-    channels would mix others.
+    """A graph with literal sizes refuses images of another width.
+
+    At twice the width the original silently mixes rows of two images. A graph with fewer channels
+    would mix other rows.
     """
     model = randomise(
         Between(Case("", lambda x: x.view(-1, 12, 12).relu().view(-1, 12, 3, 4)))
@@ -252,6 +254,7 @@ SPELLINGS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("target", "args", "kwargs"), SPELLINGS)
 def test_a_call_keeps_its_spelling(target: Any, args: Any, kwargs: Any) -> None:
+    """A corrected call keeps its target, and passes its arguments as before."""
     graph = fx.Graph()
     node = (
         graph.call_method(target, args, kwargs)

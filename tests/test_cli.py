@@ -1,4 +1,4 @@
-"""The command line, as a person and as a machine uses it."""
+"""Tests of the command line, with output for people and for machines."""
 
 import json
 import sys
@@ -52,10 +52,10 @@ def run(*arguments):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A module of the user's own, in the folder that the command runs in."""
+    """Write a module of the user's into the folder that the command runs in."""
     (tmp_path / "tinymodels.py").write_text(textwrap.dedent(TINY))
     monkeypatch.chdir(tmp_path)
-    # taken back after the test, with what the command adds
+    # undone after the test, together with what the command adds to the path
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "tinymodels", raising=False)
     return tmp_path
@@ -96,7 +96,7 @@ def test_prune_writes_all_that_is_needed_to_load_the_model(tmp_path):
         "report.json",
         "report.txt",
     ]
-    # nothing half-made is left beside it
+    # no partial result is left
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert (out / "report.txt").read_text() == result.stdout
 
@@ -119,7 +119,7 @@ def test_prune_replaces_an_earlier_result(tiny):
         )
     report = json.loads((tiny / "out" / "report.json").read_text())
     assert [group["kept"] for group in report["groups"] if group["total"] == 8] == [2]
-    assert len(list((tiny / "out").iterdir())) == 5  # nothing half-made is left
+    assert len(list((tiny / "out").iterdir())) == 5  # no partial result is left
 
 
 def test_only_names_of_torchvision_need_torchvision(tiny, monkeypatch):
@@ -404,6 +404,7 @@ def test_a_model_that_cannot_be_built(spec, said, factories):
     ids=lambda arguments: " ".join(map(str, arguments[:1] + arguments[4:])),
 )
 def test_a_slip_is_told_in_a_sentence(arguments, tiny):
+    """A wrong argument or file gives exit status 2 and an error without a traceback."""
     (tiny / "broken.json").write_text('{"schema": 3, "groups": [{"name": 3}]}')
     fails(run(*arguments))
 
@@ -413,6 +414,7 @@ def test_a_slip_is_told_in_a_sentence(arguments, tiny):
     [(), ("prune",), ("prune", "resnet18", "--channels", "half"), ("prune", "--nonsense")],
 )
 def test_a_command_line_that_is_none(arguments):
+    """A command line that cannot be parsed shows the usage."""
     result = run(*arguments)
     assert result.exit_code == 2
     assert "Traceback" not in result.output
@@ -420,6 +422,7 @@ def test_a_command_line_that_is_none(arguments):
 
 
 def test_a_warning_is_a_sentence(factories):
+    """A warning is printed without the file that raised it."""
     result = run("prune", "factories:pinned", "--input", "1,3,8,8", "--channels", 0.5)
     assert result.exit_code == 0, result.output
     assert (
@@ -555,7 +558,7 @@ def test_every_budget_is_an_option(tiny):
 
 def test_a_latency_budget(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
-    # Calls of a tenth of a millisecond take as long as whatever else the machine does.
+    # Calls of a tenth of a millisecond cannot be timed reliably on a busy machine.
     monkeypatch.setattr(
         "fxprune.latency_budget.time_models",
         lambda models, *_, **__: dict.fromkeys(models, Timing(1, 1, 1, 1)),
@@ -659,6 +662,7 @@ def test_apply_is_prune_in_two_steps(tiny):
 
 
 def test_apply_that_cannot_be(tiny):
+    """``apply`` refuses a plan of another model, and a file that holds no plan."""
     assert run("plan", *TINY_ARGS, "--channels", 0.5, "-o", "plan.json").exit_code == 0
     fails(run("apply", "plan.json", "tinymodels:Model"), "another architecture than this Model")
     fails(run("apply", "missing.json", "tinymodels:build"), "Cannot read missing.json")
@@ -711,8 +715,8 @@ def test_compare_for_machines(tiny):
     ]
     assert data["overlap"][first][last] == data["overlap"][last][first] == 0
     assert data["overlap"]["cpmc"]["cpmc"] == data["overlap"][first][first] == 1
-    # Each removes 7 units, the two halves; of cpmc's 7 each lies in one of them. Of x common ones
-    # the overlap is x / (14 - x).
+    # Each criterion removes 7 units. Those of first and last are complementary, so each of cpmc's
+    # 7 units is removed by one of these two. With x common units the overlap is x / (14 - x).
     shared = [
         round(14 * o / (1 + o))
         for o in (data["overlap"]["cpmc"][first], data["overlap"]["cpmc"][last])

@@ -1,5 +1,6 @@
-"""What consumers can take over from removed channels: exact where it can be, nearer to the
-original where it cannot.
+"""Tests of compensation: consumers replace what removed channels contributed.
+
+The result is exact where it can be, and nearer to the original where it cannot.
 """
 
 import copy
@@ -12,8 +13,9 @@ import fxprune
 
 
 class Positional(nn.Module):
-    """A removed unit of the hidden layer is a constant: its bias behind the activation, when its
-    filter is zero.
+    """A network in which every second hidden unit is constant.
+
+    The filters of these units are zero, so their value is their bias after the activation.
     """
 
     def __init__(self, kind: str) -> None:
@@ -87,7 +89,7 @@ def teacher() -> nn.Sequential:
 
 @pytest.mark.parametrize("method", ["constants", "least_squares"])
 def test_outputs_come_nearer(method: str) -> None:
-    """On data that the calibration has not seen."""
+    """Compensation brings the outputs nearer to the original's, on data that it has not seen."""
     model, x, fresh = teacher(), torch.randn(64, 3, 8, 8) + 0.5, torch.randn(64, 3, 8, 8) + 0.5
     pruned = fxprune.prune(model, x, channels=0.75, criterion="l1")
     with torch.no_grad():
@@ -98,8 +100,9 @@ def test_outputs_come_nearer(method: str) -> None:
 
 
 def test_least_squares_gives_back_what_is_redundant() -> None:
-    """A unit that is twice another one is no loss: the next layer reads the other one three times
-    as strongly.
+    """Removing a unit that is a multiple of a kept one loses nothing.
+
+    The next layer reads the kept unit with larger weights instead.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).double().eval()
@@ -107,7 +110,7 @@ def test_least_squares_gives_back_what_is_redundant() -> None:
         model[0].weight[4:] = 2 * model[0].weight[:4]
         model[0].bias[4:] = 2 * model[0].bias[:4]
     x = torch.randn(200, 6).double()
-    # the last ones stay
+    # keeps the last four units
     pruned = fxprune.prune(model, x, channels=0.5, criterion=lambda view: torch.arange(8.0))
     assert (pruned.model(x) - model(x)).abs().max() > 1e-2
     fxprune.compensate(model, pruned, [(x,)], method="least_squares", ridge=1e-12)
@@ -115,6 +118,7 @@ def test_least_squares_gives_back_what_is_redundant() -> None:
 
 
 def test_the_original_is_left_alone_and_nothing_is_done_twice() -> None:
+    """Compensation leaves the original's mode and weights as they were, and no hooks on it."""
     model, x = teacher().train(), torch.randn(8, 3, 8, 8)
     pruned = fxprune.prune(model, x, channels=0.5)
     before = copy.deepcopy(model.state_dict())
@@ -128,7 +132,7 @@ def test_the_original_is_left_alone_and_nothing_is_done_twice() -> None:
 
 
 def test_what_cannot_be_compensated_is_said() -> None:
-    """A consumer without a bias and without a normalisation behind it."""
+    """A consumer with neither a bias nor a normalisation behind it is reported."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1, bias=False)).eval()
     x = torch.randn(4, 3, 4, 4)
     done = fxprune.compensate(
@@ -149,7 +153,7 @@ def test_unknown_method_and_no_data() -> None:
 
 @pytest.mark.parametrize("method", ["constants", "least_squares"])
 def test_what_is_no_number_is_refused(method: str) -> None:
-    """NaN in a batch, or infinity; the pruned model's weights stay finite and as they were."""
+    """A batch with NaN or infinity is refused, and the pruned model's weights stay unchanged."""
     model, x = teacher(), torch.randn(4, 3, 8, 8)
     pruned = fxprune.prune(model, x, channels=0.5)
     before = {name: tensor.clone() for name, tensor in pruned.model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""What a model gives back in objects of any kind keeps its shape and its kind."""
+"""Tests of outputs in objects of any kind: kind and shapes stay the same."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::fxprune.errors.FxpruneWarning")
 
 
 class Row(tuple[Any, ...]):
-    """A tuple with a name of its own."""
+    """A tuple of a user's class."""
 
 
 class Rows(list[Any]):
-    """A list that holds more than its entries."""
+    """A list with an attribute besides its entries."""
 
     note: Any = None
 
@@ -61,7 +61,7 @@ HOLDERS: dict[str, Callable[[Tensor], Any]] = {
 
 
 class Gives(nn.Module):
-    """Gives its hidden features back in an object, and its output."""
+    """A model that returns its output and an object that holds its hidden features."""
 
     def __init__(
         self, hold: Callable[[Any], Any], what: Callable[[Tensor], Any] = lambda h: h

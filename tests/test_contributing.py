@@ -1,5 +1,6 @@
-"""What contributors are told holds: files that are named exist, hooks and workflows run what the
-project runs.
+"""Tests of the pages and settings for contributors.
+
+Files and commands that they name exist. Hooks and workflows run what the project runs.
 """
 
 import re
@@ -44,8 +45,9 @@ def test_commands_of_the_checkout_exist(page: str) -> None:
 
 
 def test_the_newest_version_is_the_same_everywhere() -> None:
-    """In the changelog, in the citation, and for checkouts without tags; the version itself is the
-    git tag's.
+    """The changelog, the citation and the fallback version name the same newest version.
+
+    The version of the package itself is the git tag.
     """
     first, *others = re.findall(r"^## (.+)$", text("CHANGELOG.md"), flags=re.MULTILINE)
     assert first == "[Unreleased]"

@@ -1,5 +1,7 @@
-"""MACs and parameters: against closed forms, against torch's own counter, and without harm to the
-model.
+"""Tests of MACs and parameters.
+
+They are compared with closed forms and with torch's own formulas. Counting leaves the model
+unharmed.
 """
 
 import pytest
@@ -101,7 +103,7 @@ class Einsum(nn.Module):
         ("i,j->ij", [(3,), (5,)], 0),  # every element is one product, nothing is added up
         ("bij,bij->bij", [(2, 3, 5), (2, 3, 5)], 0),
         ("ij->ji", [(3, 5)], 0),
-        # what one alone has is summed before
+        # an axis of one operand alone is summed first
         ("ia,jk,kl->il", [(3, 4), (5, 6), (6, 7)], 3 * 6 * 7),
         ("ij,jk,kl->il", [(3, 4), (4, 5), (5, 6)], 3 * 4 * 5 + 3 * 5 * 6),
     ],
@@ -128,7 +130,7 @@ def test_matrix_vector_products():
 
 
 def test_attention_counts_projections_and_both_products():
-    # In eval mode PyTorch takes a fused path that hides the products: the count must not depend on
+    # In eval mode PyTorch takes a fused path that hides the products. The count must not depend on
     # it.
     attention = nn.MultiheadAttention(16, 4, batch_first=True).eval()
     tokens = torch.randn(2, 5, 16)
@@ -161,8 +163,10 @@ QUICK = (
     "swin_t",
     "mc3_18",
 )
-"""Of each kind one: convolutions, grouped ones, concatenations, segmentation, attention as a
-module and by hand, video.
+"""One model of each kind.
+
+These are convolutions, grouped convolutions, concatenations, segmentation, attention as a module
+and by hand, and video.
 """
 
 QUICK_IN_PARTS = ("ssdlite320_mobilenet_v3_large", "raft_small")
@@ -172,9 +176,7 @@ QUICK_IN_PARTS = ("ssdlite320_mobilenet_v3_large", "raft_small")
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
 )
 def test_agrees_with_the_kernels(name):
-    """`cost_of`, the report before pruning and the report after it, each against the kernels that
-    run, to the last one.
-    """
+    """`cost_of` and the report, before and after pruning, equal the kernels' count exactly."""
     model, image = CASES[name].build(), CASES[name].inputs()
     pruned = fxprune.prune(model, image, macs=0.7, criterion="random")
     found = [cost_of(model, image).macs, pruned.report.macs_before, pruned.report.macs_after]
@@ -204,7 +206,10 @@ def test_tied_parameters_count_once():
 
 
 class Constants(nn.Module):
-    """Makes tensors in forward, one of them on a named device, and holds one that is no buffer."""
+    """A model that makes tensors in forward, and holds one that is no buffer.
+
+    One of the tensors is made on a named device.
+    """
 
     def __init__(self):
         super().__init__()
@@ -281,8 +286,10 @@ def test_recurrent_cells(kind, gates):
 
 @in_turn("batch", 1, 3)
 def test_the_report_counts_as_the_counter(case, batch):
-    """Before and after, products of weights alone and recurrent layers included, also where the
-    analysis widens the batch.
+    """The report's MACs before and after pruning equal those that `cost_of` counts.
+
+    This includes products of weights alone, recurrent layers, and cases where the analysis widens
+    the batch.
     """
     model, inputs = case.build(case.width).eval(), case.inputs(batch)
     pruned = fxprune.prune(model, inputs, channels=0.5)
@@ -297,8 +304,9 @@ def test_the_report_counts_as_the_counter(case, batch):
     [n if n in QUICK_IN_PARTS else pytest.param(n, marks=pytest.mark.slow) for n in COMPOSITE],
 )
 def test_what_is_not_traced_whole_counts_as_the_counter(name):
-    """Detectors and flows on the data that they are analysed with: how much they do depends on
-    it.
+    """The MACs of detectors and optical flow equal those of the kernels that run.
+
+    The kernels run on the example of the analysis, because the amount of work depends on the data.
     """
     model, inputs = COMPOSITE[name].build(), COMPOSITE[name].inputs(batch=2)
     coupling = fxprune.analyze(model, inputs)
@@ -309,8 +317,9 @@ def test_what_is_not_traced_whole_counts_as_the_counter(name):
 
 
 def test_every_formula_of_torch_has_its_own_here():
-    """A forward operation that torch can count must not come out as 0 in a version of torch that
-    cannot.
+    """Every forward operation with a formula in torch has one in fxprune.
+
+    Otherwise the operation would count as 0 in a version of torch without the formula.
     """
     kernels = [
         packet for packet in flop_registry if isinstance(packet, torch._ops.OpOverloadPacket)
@@ -384,8 +393,10 @@ KERNELS = {
 @pytest.mark.parametrize("kernels", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize("name", KERNELS)
 def test_whatever_torch_runs_is_counted(name, kernels, dtype):
-    """As called, as fused for inference, as made of kernels: the paths differ with the mode, the
-    dtype and the version of torch.
+    """MACs are counted on every path that torch takes through a module.
+
+    Operations run as called, fused for inference, or as kernels. The path differs with the mode,
+    the dtype and the version of torch.
     """
     build, inputs, macs = KERNELS[name]
     model, inputs = build().eval().to(dtype), tuple(tensor.to(dtype) for tensor in inputs)
@@ -405,7 +416,7 @@ def test_nested_tensors_are_named_not_counted():
 
 
 class Merged(nn.Module):
-    """Low-rank matrices are multiplied into a weight at every call, whatever the batch."""
+    """A layer that adds a product of two low-rank matrices to its weight at every call."""
 
     def __init__(self):
         super().__init__()
@@ -423,6 +434,8 @@ def test_products_of_weights_do_not_grow_with_the_batch():
 
 
 def test_what_forward_remembers_is_not_what_counting_left():
+    """Counting leaves no cached tensor and no changed buffer in the model."""
+
     class Remembers(nn.Module):
         def __init__(self):
             super().__init__()

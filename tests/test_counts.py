@@ -1,5 +1,7 @@
-"""Loops over the parts of a tensor are written out: a graph holds to how many there are where
-inputs decide it, and only there.
+"""Tests of loops over the parts of a tensor.
+
+A graph unrolls such a loop. If inputs decide the number of parts, and only then, the graph accepts
+no other number.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +15,7 @@ import fxprune
 
 
 class Cut(nn.Module):
-    """A layer of 12 channels, and of its tokens' parts the first four channels of a sum."""
+    """A layer of 12 channels, a function that cuts its output, and a layer on 4 channels."""
 
     def __init__(self, cut: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -24,7 +26,7 @@ class Cut(nn.Module):
 
 
 def _last(parts: Sequence[Tensor]) -> Tensor:
-    """The state of a recurrence over the parts."""
+    """Return the last state of a recurrence over the parts."""
     state = torch.zeros_like(parts[0])
     for part in parts:
         state = 0.5 * state + part
@@ -49,7 +51,7 @@ COUNTED: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("cut", COUNTED.values(), ids=COUNTED)
 @pytest.mark.parametrize("length", [3, 8])
 def test_another_number_of_parts_is_refused(cut: Callable[[Tensor], Any], length: int) -> None:
-    """Never computed with as many as the example has; another batch is no other number."""
+    """An input with another number of parts is refused, but another batch is accepted."""
     model = Cut(cut).eval()
     pruned = fxprune.prune(model, torch.randn(2, 5, 6), channels=0.5, verify=True)
     assert pruned.model(torch.randn(7, 5, 6)).shape == model(torch.randn(7, 5, 6)).shape
@@ -59,7 +61,7 @@ def test_another_number_of_parts_is_refused(cut: Callable[[Tensor], Any], length
 
 @pytest.mark.parametrize("length", [5, 2, 8])
 def test_one_part_asks_for_no_more_than_itself(length: int) -> None:
-    """``x.split(2, 1)[0]`` is there whatever the length."""
+    """The first part of ``x.split(2, 1)`` exists for every length, so every length is accepted."""
     model = Cut(lambda x: x.split(2, 1)[0]).eval()
     pruned = fxprune.prune(model, torch.randn(2, 5, 6), channels=1.0)
     x = torch.randn(2, length, 6)
@@ -76,7 +78,7 @@ def test_one_part_asks_for_no_more_than_itself(length: int) -> None:
     ],
 )
 def test_widths_are_cut_without_a_word(cut: Callable[[Tensor], Any]) -> None:
-    """A layer's channels are as many for every input: the graph counts and asserts nothing."""
+    """A layer has the same number of channels for every input, so the graph asserts nothing."""
     pruned = fxprune.prune(Cut(cut).eval(), torch.randn(2, 5, 6), channels=0.5, verify=True)
     assert "assert" not in pruned.model.code
     assert "len(" not in pruned.model.code
@@ -84,7 +86,7 @@ def test_widths_are_cut_without_a_word(cut: Callable[[Tensor], Any]) -> None:
 
 
 class Positions(nn.Module):
-    """A layer, and a table of 12 positions that is cut to the length of the input."""
+    """Two layers, and a table of 12 positions that is cut to the length of the input."""
 
     def __init__(self, cut: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -111,7 +113,7 @@ class Positions(nn.Module):
 def test_a_table_is_there_for_every_length(
     cut: Callable[[nn.Module, Tensor], Tensor], length: int
 ) -> None:
-    """Rows that the example does not reach stay, whatever the budget; the channels go."""
+    """Rows of the table that the example does not reach are kept; only channels are removed."""
     model = Positions(cut).eval()
     pruned = fxprune.prune(model, torch.randn(2, 5, 6), params=0.6, verify=True)
     assert pruned.model.get_submodule("down").in_features < 8

@@ -1,4 +1,4 @@
-"""The coupling as a user meets it: text, graph, reasons, and the element of each unit."""
+"""Tests of the coupling as users see it: text, graph, reasons, and the elements of each unit."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ IMAGE = (2, 3, 8, 8)
 
 
 class Small(nn.Module):
-    """A sum of two branches, a slice of it, and a layer that nobody calls."""
+    """A sum of two branches, a slice of the sum, and a layer that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,6 +46,7 @@ def names(group: Group) -> list[str]:
 
 
 def test_segments_of_unlike_fate_are_groups_of_their_own(coupling: Any) -> None:
+    """Channels inside the slice and channels outside of it are separate groups."""
     assert [(group.size, names(group)) for group in coupling.groups] == [
         (
             6,
@@ -70,8 +71,9 @@ def test_printing(coupling: Any) -> None:
 
 
 def test_shares_of_the_macs_that_pins_hold() -> None:
-    """Every axis of a layer has an equal part of its MACs; what stays of an axis counts for the
-    reason.
+    """The MACs of a layer are divided equally among its axes.
+
+    The pinned share of an axis counts for the reason of the pin.
     """
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)
@@ -101,7 +103,7 @@ def test_shares_of_the_macs_that_pins_hold() -> None:
 
 
 class Halves(nn.Module):
-    """Half of what a layer gives is returned, the other half is read."""
+    """A layer whose output is split: one half is returned, and a second layer reads the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +253,7 @@ def test_normalised_names_the_nodes() -> None:
 
 
 def test_both_modes_are_labelled_together() -> None:
-    """The training path ties what the evaluation path leaves apart."""
+    """Units that only the training path couples are in one group."""
 
     class Modes(nn.Module):
         def __init__(self) -> None:
@@ -298,7 +300,7 @@ COMPUTED = {
 
 
 class Reads(nn.Module):
-    """Two layers, the weights of which go through a computation before they meet the input."""
+    """Two layers whose parameters go through a computation before they meet the input."""
 
     def __init__(self, product: Any) -> None:
         super().__init__()
@@ -317,6 +319,8 @@ def test_a_computed_weight_is_read_where_its_parameter_is(how: str) -> None:
 
 
 def test_overrides_by_name_mean_the_layer_though_its_weight_is_computed() -> None:
+    """``layers=`` finds a layer by name, also if a parametrization computes its weight."""
+
     def normed() -> nn.Sequential:
         layers = (
             nn.utils.parametrizations.weight_norm(nn.Linear(a, b))
@@ -332,6 +336,8 @@ def test_overrides_by_name_mean_the_layer_though_its_weight_is_computed() -> Non
 
 
 def test_a_product_of_weights_alone_reads_its_own_factors() -> None:
+    """In a product of two weights, the axis between them is dependent in both."""
+
     class LowRank(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -368,5 +374,6 @@ class Flattened(nn.Module):
 
 
 def test_a_view_that_is_its_parameter_itself() -> None:
+    """``flatten`` of a matrix returns the parameter itself, which is still a weight."""
     (group,) = fxprune.analyze(Flattened(), torch.zeros(2, 3)).groups
     assert names(group) == ["weight:0", "head.weight:1"]

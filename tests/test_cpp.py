@@ -1,5 +1,6 @@
-"""Whatever forward calls, and however it reaches it: the process lives, and torch's own functions
-are followed.
+"""Tests of functions of torch that are written in C++.
+
+They are followed however forward reaches them. Whatever forward calls, the process survives.
 """
 
 import copy
@@ -29,7 +30,7 @@ from tests.support.callables import ALLOWED, apart, kind, names, outcome, outcom
 
 def scripted(function: Callable[..., Any]) -> Any:
     with warnings.catch_warnings():
-        # newer versions of torch say that it is deprecated; models have it all the same
+        # newer versions of torch deprecate it, but models still use it
         warnings.simplefilter("ignore")
         return torch.jit.script(function)
 
@@ -80,7 +81,7 @@ def deep_copied(h: Tensor) -> Tensor:
 
 
 class Chooses:
-    """Keeps functions as attributes, as configurable layers do."""
+    """An object with functions as attributes, as configurable layers have."""
 
     pick = staticmethod(torch.where)
 
@@ -172,7 +173,7 @@ def test_what_cannot_be_followed_leaves_the_process_alive(name: str) -> None:
     assert kind(said) in ALLOWED, said
 
 
-@pytest.mark.slow  # the compiler takes its time
+@pytest.mark.slow  # compiling takes long
 @pytest.mark.filterwarnings("ignore")
 def test_an_extension_of_a_user() -> None:
     if importlib.util.find_spec("ninja") is None or shutil.which("c++") is None:
@@ -189,6 +190,7 @@ def test_an_extension_of_a_user() -> None:
 
 
 def test_a_name_that_is_bound_later() -> None:
+    """A global name in forward is looked up again in each trace."""
     space: dict[str, Any] = {"power": None}
     exec("def apply(x):\n    return x if power is None else power(x, 2)", space)
     assert apart(lambda: outcome(space["apply"])) == "pruned"
@@ -197,7 +199,7 @@ def test_a_name_that_is_bound_later() -> None:
 
 
 def test_memory_of_a_stand_in_is_nobodys() -> None:
-    """Who reads it gets an error that names the line."""
+    """Reading the memory of a tensor during tracing raises an error that names the user's line."""
 
     class Reads(nn.Module):
         def __init__(self) -> None:
@@ -212,8 +214,10 @@ def test_memory_of_a_stand_in_is_nobodys() -> None:
 
 
 def test_sizes_below_python_are_those_of_the_example() -> None:
-    """A scripted function computes with them, which nothing can follow: another batch is refused.
-    One that it hands on is any.
+    """A size that a scripted function computes with is fixed to the example's.
+
+    Nothing can follow the computation, so another batch is refused. A size that the function only
+    passes on may change.
     """
 
     @scripted
@@ -245,7 +249,10 @@ def test_sizes_below_python_are_those_of_the_example() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("start", range(32))
 def test_every_callable_of_torch(start: int) -> None:
-    """Each in a process of its own; see ``python -m tests.support.callables``."""
+    """Every public callable of torch is followed or refused, and the process survives.
+
+    Each call runs in a process of its own; see ``python -m tests.support.callables``.
+    """
     found = {
         f"{name} {text}": said
         for name in names()[start::32]
@@ -255,7 +262,10 @@ def test_every_callable_of_torch(start: int) -> None:
 
 
 def test_a_mask_made_under_vmap() -> None:
-    """As the transformers library makes its masks: an input is indexed by what is mapped over."""
+    """A mask that is made under vmap can be traced: an input is indexed by the mapped values.
+
+    The transformers library makes its masks like this.
+    """
 
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -300,12 +310,12 @@ def unbound(x: Tensor) -> Tensor:
 
 
 def powers(x: Tensor) -> Tensor:
-    """An operation on the rows that makes a tensor as long as the batch."""
+    """Return the mean of each element's powers, from an operation mapped over the rows."""
     return torch.vmap(torch.linalg.vander)(x).mean(-1)
 
 
 class Between(nn.Module):
-    """Three layers, and a call in front of the last one."""
+    """Three linear layers, with a call before the last one."""
 
     def __init__(self, call: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -329,6 +339,7 @@ class Between(nn.Module):
 def test_what_goes_by_sizes_below_python_holds_the_graph_to_them(
     function: Callable[[Tensor], Tensor],
 ) -> None:
+    """A batch size that decides something below Python is fixed to the example's."""
     model, x = Between(lambda model, h: function(h)), torch.randn(2, 4)
     emitted = fxprune.prune(model, x, channels=0.5, verify=True).model
     assert emitted(x).shape == (2, 2)
@@ -339,6 +350,7 @@ def test_what_goes_by_sizes_below_python_holds_the_graph_to_them(
 
 @pytest.mark.filterwarnings("ignore")
 def test_sizes_that_a_scripted_function_only_notes_hold_nothing() -> None:
+    """A scripted function that decides nothing by the batch size does not fix it."""
     emitted = fxprune.prune(
         Between(lambda model, h: swish(h)), torch.randn(2, 4), channels=0.5, verify=True
     ).model
@@ -389,17 +401,23 @@ WITH_OTHERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 def test_a_module_that_is_called_with_other_parameters(
     call: Callable[[Any, Tensor], Tensor],
 ) -> None:
+    """``functional_call`` with computed, constant or own parameters is pruned exactly."""
     fxprune.prune(Between(call), torch.randn(2, 4), channels=0.5, verify=True)
 
 
 @pytest.mark.parametrize("mode", [Doubles, DoublesBelow])
 def test_modes_of_the_model_change_what_they_change(mode: Any) -> None:
+    """Modes that forward enters change the results of the pruned model as those of the original.
+
+    A dispatch mode keeps the model from being one graph.
+    """
     pruned = fxprune.prune(Between(under(mode)), torch.randn(2, 4), channels=0.5, verify=True)
     assert bool(pruned.report.parts) == (mode is DoublesBelow)
     assert pruned.model.get_submodule("third").in_features == 8
 
 
 def test_a_module_that_is_called_with_other_parameters_has_both_modes() -> None:
+    """A norm under ``functional_call`` updates its statistics in training mode only."""
     model = Between(
         lambda model, h: torch.func.functional_call(
             model.norm, {"weight": model.norm.weight * 0.5}, (h,)
@@ -415,7 +433,10 @@ def test_a_module_that_is_called_with_other_parameters_has_both_modes() -> None:
 
 
 def test_what_a_cut_gives_is_a_tree_as_the_list_is() -> None:
-    """Also to functions that know the kinds of containers by their class."""
+    """The parts that ``chunk`` returns are still a container for functions of pytree.
+
+    These functions know containers by their class.
+    """
     model = Between(
         lambda model, h: torch.cat(tree_leaves(h.chunk(2, 1))[::-1], 1) * len(tree_leaves(h.shape))
     )
@@ -425,6 +446,7 @@ def test_what_a_cut_gives_is_a_tree_as_the_list_is() -> None:
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_function_that_works_out_what_its_operation_takes(dim: int) -> None:
+    """``fftshift`` computes the arguments of its operation from the size of an axis."""
     fxprune.prune(
         Between(lambda model, h: torch.fft.fftshift(h, dim)),
         torch.randn(2, 4),
@@ -474,7 +496,7 @@ def test_tensors_that_are_laid_out_anew_in_place(call: Callable[[Any, Tensor], T
 
 
 class Number(float):
-    """A number of a user's own class."""
+    """A number of a user's class."""
 
 
 CONSTANTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -492,6 +514,7 @@ CONSTANTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call", CONSTANTS.values(), ids=CONSTANTS)
 def test_constants_are_written_in_the_words_of_code(call: Callable[[Any, Tensor], Tensor]) -> None:
+    """Constants of any type of number can be written into the code of a graph."""
     model, x = Between(call), torch.randn(2, 4)
     pruned = fxprune.prune(model, x, channels=0.5)
     assert not pruned.report.parts

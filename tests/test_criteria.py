@@ -1,4 +1,4 @@
-"""Scores against the plainest loops, and what they must not depend on."""
+"""Tests of criteria: scores equal those of plain loops, and depend on nothing else."""
 
 import functools
 import itertools
@@ -48,7 +48,7 @@ def cases(*names: str) -> pytest.MarkDecorator:
 
 
 def analysed(case: Case, batch: int = 2) -> tuple[nn.Module, Any, Coupling]:
-    """A network of random weights in float64 and evaluation mode, a batch for it, its analysis."""
+    """Return a network with random weights in float64 and eval mode, a batch, and its analysis."""
     model = randomise(case.build(8)).eval()
     inputs = as_dtype(case.inputs(batch), torch.float64)
     return model, inputs, fxprune.analyze(model, inputs)
@@ -66,8 +66,9 @@ def of_group(scores: np.ndarray, group: Group) -> list[float]:
 
 
 def role_of(coupling: Coupling, group: Group, name: str, field: Tensor) -> str:
-    """The role of a group's elements in a parameter: that of the axis of the group along which the
-    field varies.
+    """Return the role of a group's elements in a parameter.
+
+    It is the role of the group's axis along which the field varies.
     """
     varied = {d for d, size in enumerate(field.shape) if size > 1}
     found = {
@@ -82,7 +83,7 @@ def role_of(coupling: Coupling, group: Group, name: str, field: Tensor) -> str:
 def elements(
     coupling: Coupling, group: Group, tensors: dict[str, Tensor], roles: tuple[str, ...] = ROLES
 ) -> list[list[list[float]]]:
-    """For each unit, field by field of every parameter, its elements in the order of memory."""
+    """Return each unit's elements, field by field of every parameter, in the order of memory."""
     out: list[list[list[float]]] = [[] for _ in range(group.size)]
     for name, fields in coupling.elements(group).items():
         for field in fields if name in tensors else ():
@@ -118,8 +119,10 @@ def naive_lamp(units: list[list[float]]) -> list[float]:
 
 
 def naive_cpmc(units: list[list[float]], blocks: list[int], mean: float) -> list[float]:
-    """Seats for parties: units go from the heaviest, of equals from the first; each is worth what
-    it is over the share it fills.
+    """Return each unit's squared weight over the share of its block that weighs as much or more.
+
+    Squared weights are relative to ``mean``. The share is the unit's rank in its block, the
+    heaviest first and equal ones in order, divided by the size of the block.
     """
     values, scores = [math.fsum(w * w for w in unit) for unit in units], [0.0] * len(units)
     for block in set(blocks):
@@ -237,9 +240,7 @@ def test_bn_scale_refuses_a_group_without_scales_by_name(norm: nn.Module) -> Non
 
 
 class NormalisedHeads(nn.Module):
-    """Attention with a normalisation on queries and keys, but none on values, which are in one
-    group with them.
-    """
+    """Attention that normalises queries and keys but not values, which are in the same group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -275,7 +276,7 @@ def test_bn_scale_refuses_a_group_of_which_a_part_has_scales() -> None:
 
 
 def role_sizes(model: nn.Module, x: Tensor) -> dict[str, dict[str, float]]:
-    """Group -> role -> elements of one unit."""
+    """Return for each group and role the number of elements of one unit."""
     coupling = fxprune.analyze(model, x)
     out = {}
     for view in views(coupling, model):
@@ -342,7 +343,8 @@ def test_roles_of_a_grouped_transposed_convolution() -> None:
     )
     assert role_sizes(model, IMAGE) == {
         "0.weight:0": {"own": 3 + 1, "scale": 0, "dependent": 3 * 4},
-        # The four groups' outputs lie on one axis of the weight: one of each goes.
+        # The outputs of the four groups share one axis of the weight, so a unit has one output of
+        # each.
         "1.weight:1": {"own": 8 * 4 + 4, "scale": 0, "dependent": 4 * 2},
     }
 
@@ -367,7 +369,7 @@ def test_roles_of_an_addition() -> None:
 
 
 class Tied(nn.Module):
-    """A language model without layers: the embedding reads in and out."""
+    """A small language model whose embedding is its output layer too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -385,7 +387,7 @@ class Tied(nn.Module):
 def test_a_tied_embedding_counts_once() -> None:
     found = role_sizes(Tied(), torch.zeros(2, 4, dtype=torch.int64))
     assert sum(found["embedding.weight:1"].values()) == 11 + 10 + (10 + 1)
-    # a weight that reads is dependent, even if it writes as well
+    # a weight that reads units is dependent, even if it also produces them
     assert found["embedding.weight:1"]["dependent"] == 11 + 10
 
 
@@ -432,7 +434,7 @@ def test_permuting_units_permutes_scores(criterion: Callable[[UnitView], Tensor]
 
 
 def test_l2_ranks_as_before_when_units_move() -> None:
-    """Which channels survive is the same set of filters, wherever they stand."""
+    """The same filters survive in whatever order they are in the layer."""
     (coupling, model), order = chain_coupling(), torch.randperm(8)
     (view,) = views(coupling, model)
     kept = set(l2(view).argsort()[4:].tolist())
@@ -446,8 +448,9 @@ def test_l2_ranks_as_before_when_units_move() -> None:
 
 @cases("residual", "dense_block", "grouped", "attention_packed")
 def test_rescaling_a_group_leaves_the_value_of_cpmc(case: Case) -> None:
-    """V' within the group; what groups are worth to each other does change, by the square of the
-    scale.
+    """Scaling a group leaves CPMC's values within the group unchanged.
+
+    The values of groups relative to each other change by the square of the scale.
     """
     model, _, coupling = analysed(case)
     alone = CPMC(weigh_groups=False)
@@ -470,8 +473,9 @@ def test_rescaling_a_group_leaves_the_value_of_cpmc(case: Case) -> None:
 @pure
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(criterion: Callable[[UnitView], Tensor], dtype: torch.dtype) -> None:
-    """Sums are taken in a wider type: 300 squared is no number of float16, and 2049 is none of
-    bfloat16.
+    """Sums of narrow weights are taken in a wider type.
+
+    300 squared overflows float16, and bfloat16 cannot represent 2049.
     """
     coupling, model = chain_coupling()
     narrow = {name: (300 * p.detach()).to(dtype) for name, p in model.named_parameters()}
@@ -505,7 +509,7 @@ def test_weights_of_zero_have_finite_scores(criterion: Callable[[UnitView], Tens
 
 
 def test_what_is_no_unit_scores_nothing() -> None:
-    """The weights that read the image belong to no unit."""
+    """Weights that read the image belong to no unit, so they do not count in a score."""
     model = randomise(ReadsTheImageToo())
     coupling = fxprune.analyze(model, IMAGE.double())
     scores = views(coupling, model).totals(torch.abs)
@@ -515,7 +519,7 @@ def test_what_is_no_unit_scores_nothing() -> None:
 
 
 def test_buffers_are_no_weights() -> None:
-    """A running mean vanishes with its channel, but says nothing about it."""
+    """A running mean is removed with its channel, but is not counted in the channel's score."""
     coupling, model = chain_coupling()
     (before,) = map(l1, views(coupling, model))
     model[1].running_mean.fill_(1e9)
@@ -538,9 +542,7 @@ def test_lamp_of_equal_units_is_equal() -> None:
 
 
 def test_fpgm_calls_the_copy_redundant() -> None:
-    """A filter that there is three times ranks below all that there are once, however large it
-    is.
-    """
+    """Scores of FPGM are summed distances of filters, and exactly 0 if all filters are alike."""
     coupling, _ = chain_coupling()
     filters = (
         torch.eye(8, dtype=torch.float64)[:, :3].repeat(1, 9).reshape(8, 3, 3, 3)
@@ -558,7 +560,7 @@ def test_fpgm_calls_the_copy_redundant() -> None:
 
 
 def test_fpgm_of_a_group_that_is_read_only() -> None:
-    """The columns of a tied embedding are what its units have, and they count as dependent."""
+    """A group with dependent elements only is compared by these: columns of a tied embedding."""
 
     class Bare(nn.Module):
         def __init__(self) -> None:
@@ -575,8 +577,9 @@ def test_fpgm_of_a_group_that_is_read_only() -> None:
 
 
 def test_fpgm_compares_within_a_block() -> None:
-    """Equal filters of different groups read different channels: neither can stand for the
-    other.
+    """FPGM compares only filters of the same group of a convolution.
+
+    Equal filters of different groups read different channels, so neither can replace the other.
     """
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1, groups=2, bias=False), nn.Conv2d(6, 2, 1)
@@ -622,8 +625,9 @@ def test_cpmc_hands_its_weights_to_the_selection() -> None:
 
 
 def test_scores_of_groups_compare() -> None:
-    """Divided by their group's mean where they do not compare by themselves; a user's own stay as
-    they are.
+    """Scores that do not compare between groups are divided by their group's mean.
+
+    LAMP and CPMC compare by themselves. A user's scores stay as they are.
     """
     model, x, coupling = analysed(BY_NAME["residual"])
     batches = [(x,)]
@@ -668,7 +672,7 @@ def test_an_object_whose_scores_have_a_wrong_shape() -> None:
 
 
 def energy(output: Any, *targets: Any) -> Tensor:
-    """A loss for any output, the mean over the batch of each sample's own."""
+    """Return a loss for any output: the mean over the batch of each sample's loss."""
     leaves = [
         leaf
         for leaf in tree_leaves(output)
@@ -678,7 +682,7 @@ def energy(output: Any, *targets: Any) -> Tensor:
 
 
 def naive_products(coupling: Coupling, group: Group, model: nn.Module) -> list[float]:
-    """For each unit the sum of weight times ``.grad`` over its elements, one by one."""
+    """Return each unit's sum of weight times ``.grad`` over its elements, one by one."""
     products = {
         name: (p * p.grad).detach() for name, p in model.named_parameters() if p.grad is not None
     }
@@ -723,7 +727,10 @@ def test_taylor_and_fisher_against_autograd_on_the_model(case: Case) -> None:
 def unit_of_inputs(
     coupling: Coupling, name: str, weight: Tensor, groups: int
 ) -> Iterator[list[int]]:
-    """For each labelling of a layer's input channels: the unit (a label) of each, 0 for none."""
+    """Yield, for each labelling of a layer's inputs, the unit (a label) of each channel.
+
+    A label of 0 means no unit.
+    """
     per_group, outputs = weight.shape[1], weight.shape[0] // groups
     dim = 1 if per_group > 1 else 0
     for labels in coupling.parameter_labels(name):
@@ -736,7 +743,10 @@ def unit_of_inputs(
 
 
 def naive_activation(coupling: Coupling, model: nn.Module, batches: list[Any]) -> np.ndarray:
-    """What enters every layer, seen by hooks; mean by unit, over layers."""
+    """Return each unit's mean absolute activation, over all layers that read it.
+
+    Hooks see what enters each layer.
+    """
     readings: dict[tuple[int, str, int], list[float]] = {}
     calls = itertools.count()
 
@@ -766,7 +776,7 @@ def naive_activation(coupling: Coupling, model: nn.Module, batches: list[Any]) -
     for handle in handles:
         handle.remove()
     total, times = np.zeros(coupling.context.units.count), np.zeros(coupling.context.units.count)
-    # one call of one layer: all positions of a unit count alike
+    # in one call of one layer, all positions of a unit have equal weight
     for (unit, _, _), seen in readings.items():
         size = seen[0][1]  # type: ignore[index]
         total[unit] += size * math.fsum(mean for mean, _ in seen) / len(seen)  # type: ignore[misc]
@@ -803,7 +813,7 @@ def test_activation_against_hooks(case: Case) -> None:
 
 
 class WritesInPlace(nn.Module):
-    """The convolution's result is changed after it was named."""
+    """A model that changes its input and the convolution's result in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -827,7 +837,7 @@ def test_activations_are_what_the_layer_reads() -> None:
 
 
 class SumsChannels(nn.Module):
-    """Nothing multiplies the channels: they are added up."""
+    """A model that adds up channels; nothing multiplies them by a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -849,8 +859,9 @@ def test_a_sum_over_channels_reads_them() -> None:
 
 
 class ReadsTheImageToo(nn.Module):
-    """A convolution over channels that can go and an input's, which stay; with a mode of its own
-    for training.
+    """A convolution over removable channels and the input's channels, which stay.
+
+    In training mode there is a second output.
     """
 
     def __init__(self) -> None:
@@ -869,8 +880,9 @@ class ReadsTheImageToo(nn.Module):
 
 
 def test_activations_are_those_of_evaluation_mode() -> None:
-    """Though the graph was traced in both modes, in training mode last; what cannot be removed has
-    no score.
+    """Activations are those of evaluation mode, though training mode was traced last.
+
+    What cannot be removed has no score.
     """
     model, x = randomise(ReadsTheImageToo()), torch.randn(3, 3, 4, 4, dtype=torch.float64)
     coupling = fxprune.analyze(model, x)
@@ -909,7 +921,11 @@ def classifier() -> nn.Sequential:
 
 
 def test_the_split_into_batches_makes_no_difference() -> None:
-    """To means over samples; the losses are means over each batch, the batches uneven."""
+    """Scores are means over samples, however the samples are split into batches.
+
+    The losses are means over batches of uneven sizes. Fisher scores of single samples do not
+    depend on the order of the samples.
+    """
     model, (x, y) = classifier(), data()
     coupling = fxprune.analyze(model, x[:1])
     splits = [split(x, y, sizes=sizes) for sizes in ((7,), (1, 2, 4), (4, 3), (1,) * 7)]
@@ -928,8 +944,9 @@ def test_the_split_into_batches_makes_no_difference() -> None:
 
 
 def test_fisher_of_single_samples_is_the_mean_square_of_the_gates_gradients() -> None:
-    """A unit's gate, written down as one: the outputs of the only layer that reads it, by a factor
-    of 1.
+    """Fisher scores of single samples are mean squared gradients of a unit's gate.
+
+    The gate is a factor of 1 on the unit's output, which only one layer reads.
     """
     first, second, (x, y) = (
         nn.Linear(5, 6),
@@ -944,8 +961,8 @@ def test_fisher_of_single_samples_is_the_mean_square_of_the_gates_gradients() ->
         gate = torch.ones(6, dtype=torch.float64, requires_grad=True)
         F.cross_entropy(second(torch.relu(first(sample)) * gate), target).backward()
         squares += gate.grad**2  # type: ignore[operator]
-    # Filter with bias, and the slice that reads: both factors of each product, so twice the gate's
-    # gradient.
+    # A unit has its filter with bias, and the slice that reads it. For each of the two, the
+    # products sum to the gate's gradient, so together to twice that.
     np.testing.assert_allclose(of_group(scores, coupling.groups[0]), 4 * squares / 9, rtol=1e-9)
 
 
@@ -978,7 +995,7 @@ def test_the_old_name_of_weigh_groups() -> None:
 
 
 class OfImages(nn.Module):
-    """Takes a list of images, as detectors do."""
+    """A model that takes a list of images, as detectors do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1004,7 +1021,7 @@ def test_a_list_of_images_is_one_argument_where_the_example_has_one(kind: type) 
 
 
 def test_inputs_go_by_name() -> None:
-    """However the example and the loader pass them, and in whatever order."""
+    """Inputs are matched by name, however the example and the loader pass them."""
     case = BY_NAME["two_inputs_by_keyword"]
     model, inputs, coupling = analysed(case)
     args = inputs["image"], inputs["meta"]
@@ -1021,9 +1038,7 @@ def test_inputs_go_by_name() -> None:
 
 
 class AddsASlice(nn.Module):
-    """A slice of a tensor takes nothing but channels that stay; the layer reads the others after
-    their activation.
-    """
+    """A model that reads channels that stay by a slice, and the other channels by a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1043,7 +1058,7 @@ def test_a_slice_reads_only_what_it_takes() -> None:
 
 
 def passes_on(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A decorator as libraries have them."""
+    """Wrap ``forward`` as decorators of libraries do."""
 
     @functools.wraps(forward)
     def wrapped(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -1053,7 +1068,7 @@ def passes_on(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Optional(nn.Module):
-    """A second argument that may be left out."""
+    """A model whose second argument is optional."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1065,7 +1080,7 @@ class Optional(nn.Module):
 
 
 class Wrapped(Optional):
-    """Its function takes anything, by its signature."""
+    """The same model with a forward whose signature accepts any arguments."""
 
     forward = passes_on(Optional.forward)
 
@@ -1088,7 +1103,10 @@ def test_arguments_that_may_be_left_out(kind: type[nn.Module]) -> None:
 
 
 def test_a_model_is_unharmed() -> None:
-    """Its modes, gradients, statistics, flags: all as they were, and no part in the scores."""
+    """Scoring leaves modes, gradients, statistics and flags of a model as they were.
+
+    They do not affect the scores either.
+    """
     model, (x, y) = classifier(), data()
     coupling = fxprune.analyze(model, x[:1])
     batches = split(x, y, sizes=(3, 4))
@@ -1123,7 +1141,7 @@ def test_a_model_is_unharmed() -> None:
 
 
 class Counts(nn.Module):
-    """Writes to a buffer of its own whenever it runs, in evaluation mode too."""
+    """A model that writes to a buffer on every run, also in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1153,12 +1171,12 @@ def test_a_loss_that_fails_leaves_the_model_as_it_was() -> None:
     for kind in (Taylor, Fisher):
         with pytest.raises(CallbackError, match=r"the loss.*KeyError.*the user's own") as caught:
             kind([(x, y)], fails).scores(coupling, model)
-        assert_unharmed(model, before)  # while the error, and all frames with it, is still held
+        assert_unharmed(model, before)  # while the error still holds all its frames
         assert caught.tb is not None
 
 
 class TwoHeads(nn.Module):
-    """The loss below asks for one output only."""
+    """A model with two outputs, of which the loss below uses one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1184,7 +1202,10 @@ def test_parameters_without_a_gradient() -> None:
 
 
 def test_half_precision_sums_in_single() -> None:
-    """A gradient of 3000 over 64 samples is no number of float16."""
+    """Scores of half-precision models are summed in single precision.
+
+    The sum of a gradient of 3000 over 64 samples overflows float16.
+    """
     model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.Linear(4, 1, bias=False)).half()
     x = torch.full((64, 2), 50.0, dtype=torch.float16)
     coupling = fxprune.analyze(model, x)

@@ -1,4 +1,4 @@
-"""The inference form computes the same, with nothing left that only training needs."""
+"""Tests of the inference form: it computes the same, without what only training needs."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ from tests.zoo.case import Case
 
 
 class Calls(nn.Module):
-    """A module whose forward is a function of it and its input."""
+    """A module whose forward is a function of the module and its input."""
 
     def __init__(self, forward: Callable[..., Any], **members: Any) -> None:
         super().__init__()
@@ -46,7 +46,10 @@ class Calls(nn.Module):
 
 
 def deployed(model: nn.Module, *shape: int) -> tuple[nn.Module, nn.Module]:
-    """A model at half its channels and its inference form, after both have given the same."""
+    """Return a model pruned to half its channels, and its inference form.
+
+    Check that both compute the same, and that the pruned model is unharmed.
+    """
     torch.manual_seed(0)
     model = randomise(model).eval()
     x = torch.randn(*shape, dtype=torch.float64)
@@ -83,7 +86,7 @@ def arithmetic(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def by_keywords(m: nn.Module, x: Tensor) -> Tensor:
-    """Every call spelt with as many keywords as it takes."""
+    """Convolve and normalise, with as many keywords in each call as it takes."""
     weight = m.conv.weight - m.conv.weight.mean(dim=(1, 2, 3), keepdim=True)
     y = F.conv2d(padding=1, weight=weight, input=x)
     y = F.batch_norm(
@@ -100,9 +103,7 @@ def by_keywords(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def two_norms(m: nn.Module, x: Tensor) -> Tensor:
-    """A head that two scales share, each with its own statistics, and one with the first's
-    again.
-    """
+    """Call a head for two scales with a norm for each, and once more with the first norm."""
     return m.norm(m.conv(x)) + m.other(m.conv(x.roll(1, -1))) + m.norm(m.conv(2 * x))
 
 
@@ -176,6 +177,7 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("name", FOLDED)
 def test_what_scales_channels_goes_into_the_weights(name: str) -> None:
+    """Batch norms and factors of channels are folded into the weights."""
     build, shape = FOLDED[name]
     _, fast = deployed(build(), *shape)
     left = [m for m in fast.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -186,7 +188,7 @@ def test_what_scales_channels_goes_into_the_weights(name: str) -> None:
         if node.op == "call_function"
     ]
     assert names.count("batch_norm") == 0
-    assert names.count("mul") == (1 if name == "shared" else 0)  # there the input is doubled
+    assert names.count("mul") == (1 if name == "shared" else 0)  # there the input is doubled once
 
 
 def test_a_head_with_two_norms_becomes_two_modules() -> None:
@@ -240,7 +242,7 @@ def test_what_varies_over_the_image_is_not_folded() -> None:
 
 
 def test_a_constant_of_a_wider_type_is_not_folded() -> None:
-    """It would change the type of the result."""
+    """Folding the constant would change the type of the result."""
     torch.manual_seed(0)
     model = conv_and_norm(
         lambda m, x: (m.conv(x) * m.wide).float(), wide=torch.rand(1, 8, 1, 1).double()
@@ -296,8 +298,9 @@ def test_what_the_graph_writes_to_is_no_constant() -> None:
 
 
 def test_a_constant_that_is_changed_on_the_way_is_none() -> None:
-    """The copy of a parameter is written to through a view, as ``torchvision``'s second Swin does
-    with its biases.
+    """A copy of a parameter that is written to through a view is no constant.
+
+    torchvision's second version of Swin does this with its biases.
     """
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:
@@ -343,6 +346,7 @@ def seen_by_the_view(m: nn.Module, x: Tensor) -> Tensor:
     ids=lambda f: f.__name__,
 )
 def test_what_would_be_a_copy_channels_last_is_refused(forward: Callable[..., Tensor]) -> None:
+    """A view that is written to is refused, because it would be a copy in channels-last layout."""
     model = randomise(conv_and_norm(forward)).eval()
     x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
     pruned = fxprune.prune(model, x, channels=0.5).model
@@ -352,6 +356,8 @@ def test_what_would_be_a_copy_channels_last_is_refused(forward: Callable[..., Te
 
 
 def test_writing_before_or_beside_a_view_is_no_reason() -> None:
+    """A write before a view is allowed, and one after which the viewed tensor is not read."""
+
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         y = m.conv(x)
         y += 1
@@ -366,8 +372,9 @@ def test_writing_before_or_beside_a_view_is_no_reason() -> None:
 
 
 def test_constants_are_computed_once() -> None:
-    """A table of relative positions is looked up by a table of indices: nothing of that depends on
-    the input.
+    """Values that do not depend on the input are computed once.
+
+    Here a table of relative positions is read at constant indices.
     """
     model = torchvision.models.swin_transformer.ShiftedWindowAttention(12, [4, 4], [0, 0], 3)
     model.relative_position_bias_table.data.normal_()
@@ -433,7 +440,7 @@ def test_a_detector_keeps_its_class() -> None:
 
 
 class Between(nn.Module):
-    """Python beside parts that looks at what they give by ``view``."""
+    """A model whose Python code takes views of the outputs of parts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -456,7 +463,10 @@ class Between(nn.Module):
 def test_python_beside_parts_gets_images_laid_out_as_it_expects_them(
     layout: torch.memory_format,
 ) -> None:
-    """What it looks at by ``view``, and whether it writes into a copy, is as it was."""
+    """Python code between parts gets images in the layout that it expects.
+
+    The layout decides whether ``view`` works and whether a write goes to a copy.
+    """
     x = torch.randn(2, 3, 6, 6).to(memory_format=layout)
     pruned = fxprune.prune(Between().eval(), x, channels=0.5).model
     assert torch.allclose(fxprune.deploy(pruned)(x), pruned(x), atol=1e-5)
@@ -483,16 +493,19 @@ def test_a_weight_that_a_hook_computes_before_the_first_call() -> None:
         nn.Conv2d(8, 4, 3),
     ).eval()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated by torch, in use everywhere
+        warnings.simplefilter("ignore")  # deprecated by torch, but in use everywhere
         torch.nn.utils.weight_norm(net[2])
     x = torch.randn(2, 3, 8, 8)
     pruned = fxprune.prune(net, x, channels=0.5).model
-    fast = fxprune.deploy(pruned)  # nobody has called it, so no hook has run
+    fast = fxprune.deploy(pruned)  # not called yet, so no hook has run
     assert relative_error(fast(x), pruned(x)) < 1e-5
 
 
 def test_an_operation_that_views_inside_gets_what_is_contiguous() -> None:
-    """``torch.kron`` is made of others by torch, one of which fails on what lies channels-last."""
+    """``torch.kron`` gets a contiguous input in the inference form.
+
+    torch composes it from other operations, and one of them fails on channels-last tensors.
+    """
 
     class Repeats(nn.Module):
         def __init__(self) -> None:
@@ -532,7 +545,7 @@ def test_only_pruned_models(what: Any) -> None:
 
 
 def test_hooks_of_what_is_deployed_are_its_own() -> None:
-    """A hook that keeps what a layer gives, for forward to read, keeps it in the deployed copy."""
+    """A hook that stores a layer's output for forward stores it in the deployed copy."""
 
     class Watching(nn.Module):
         def __init__(self) -> None:

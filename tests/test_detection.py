@@ -1,5 +1,6 @@
-"""Detectors and optical flow, the torchvision models that no graph holds whole, are pruned exactly
-and still do their work.
+"""Tests of torchvision's detectors and optical flow, which cannot be traced whole.
+
+They are pruned exactly, and still do their work.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class Detector:
 
 @pytest.fixture(scope="module", params=DETECTORS)
 def detector(request: pytest.FixtureRequest) -> Detector:
-    """A detector and what is left of it; the tests of one follow each other, so that it is pruned
-    once.
+    """Return a detector and its pruned form.
+
+    The tests of one detector run one after the other, so that it is pruned once.
     """
     case = request.param
     model = case.build()
@@ -49,7 +51,7 @@ def detector(request: pytest.FixtureRequest) -> Detector:
 
 
 def threshold(model: nn.Module, value: float) -> None:
-    """From which score on a box counts."""
+    """Set the score from which a box counts."""
     owner: Any = model.roi_heads if hasattr(model, "roi_heads") else model
     owner.score_thresh = value
 
@@ -60,6 +62,7 @@ def test_with_these_every_torchvision_model_is_covered() -> None:
 
 @pytest.mark.long
 def test_detectors(detector: Detector) -> None:
+    """A pruned detector is exact and smaller, keeps its class and names, and finds boxes."""
     case, model, pruned = detector.case, detector.model, detector.pruned
     assert pruned.report.error is not None
     assert pruned.report.error <= LARGEST_ERROR
@@ -117,8 +120,9 @@ def test_flows(case: Composite) -> None:
 
 
 def test_frozen_batch_norms_stay_frozen_and_get_smaller() -> None:
-    """What torchvision builds when the backbone's weights are given: batch norms of buffers
-    alone.
+    """Frozen batch norms, which consist of buffers alone, stay frozen and lose channels.
+
+    torchvision builds them if weights of the backbone are given.
     """
     from torchvision.ops.misc import FrozenBatchNorm2d
 

@@ -1,5 +1,6 @@
-"""Pruning on another device than the CPU. Where torch sees a GPU, tests/test_whole.py prunes on
-that as well.
+"""Tests of pruning on a device other than the CPU.
+
+Where torch sees a GPU, tests/test_whole.py prunes on that as well.
 """
 
 import subprocess
@@ -21,8 +22,9 @@ CHECKS = Path(__file__).parent / "elsewhere" / "checks.py"
     ],
 )
 def test_elsewhere(which: str) -> None:
-    """A device made of Python, whose tensors refuse to meet the CPU's; see
-    tests/support/elsewhere.py.
+    """Pruning works on a device written in Python, whose tensors cannot meet those of the CPU.
+
+    See tests/support/elsewhere.py.
     """
     names = " or ".join(f"test_{name}" for name in which.split(" or "))
     command = [

@@ -1,5 +1,6 @@
-"""A pruned model trains in several processes as any other: with DDP and with FSDP2, to the weights
-of one process.
+"""Tests of training pruned models in several processes, with DDP and with FSDP2.
+
+The processes end with the weights that one process would have.
 """
 
 import json
@@ -25,7 +26,10 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, int], Weights]:
-    """What each process of two has in the end, by kind and network."""
+    """Train in two processes, and return a function that reads the weights of one.
+
+    Its arguments are kind, network and rank.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(ranks.work, (2, str(folder)), nprocs=2)
     return lambda kind, name, rank: dict(np.load(folder / f"{kind}_{name}_{rank}.npz"))
@@ -65,8 +69,9 @@ def test_two_processes_end_with_the_weights_of_one(
     not scoring_ranks.threads(), reason="this system does not tell a process's threads"
 )
 def test_pruning_in_a_process_group_does_not_keep_it(tmp_path: Path) -> None:
-    """A group that outlives its destruction leaves threads behind, and they abort the process at
-    its end, now and then.
+    """Pruning does not keep a destroyed process group alive.
+
+    Such a group leaves threads behind, which sometimes abort the process at its end.
     """
     torch.multiprocessing.spawn(scoring_ranks.visit, (1, str(tmp_path)), nprocs=1)
     threads = json.loads((tmp_path / "threads.json").read_text())
@@ -75,8 +80,9 @@ def test_pruning_in_a_process_group_does_not_keep_it(tmp_path: Path) -> None:
 
 
 def test_batch_normalisation_is_synchronised_by_the_usual_conversion() -> None:
-    """SyncBatchNorm trains on GPUs only; what the conversion makes of the graph is seen
-    anywhere.
+    """The usual conversion to SyncBatchNorm converts every batch norm of a pruned model.
+
+    SyncBatchNorm trains on GPUs only, but the converted graph can be checked anywhere.
     """
     pruned = fxprune.prune(
         Residual(16).eval(), torch.zeros(1, 3, 8, 8), channels=0.5
@@ -107,7 +113,7 @@ def test_batch_normalisation_is_synchronised_by_the_usual_conversion() -> None:
 def test_a_distributed_model_is_saved_and_read_like_any_other(
     tmp_path: Path, found: Callable[[str, str, int], Weights]
 ) -> None:
-    """The names are those of the plain model: what was gathered goes back into it."""
+    """Weights gathered from processes have the plain model's names and can be loaded into it."""
     torch.manual_seed(0)
     dense = Residual(16).double().eval()
     pruned = fxprune.prune(dense, torch.zeros(2, 3, 8, 8, dtype=torch.float64), channels=0.5)

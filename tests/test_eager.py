@@ -1,5 +1,6 @@
-"""Models that cannot be traced whole: their Python stays, the modules that it calls are pruned as
-graphs.
+"""Tests of models that cannot be traced whole.
+
+Their Python code stays, and the modules that it calls are pruned as graphs.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ def block(a: int, b: int) -> nn.Sequential:
 
 
 def data_dependent(x: Tensor) -> None:
-    """What no graph holds: the model cannot be traced whole."""
+    """Do what no graph can hold, so that the model cannot be traced whole."""
     x.flatten()[x.flatten() > 1e9].tolist()
 
 
 class Between(nn.Module):
-    """Two parts with some Python between them."""
+    """Two parts with Python code between them."""
 
     def __init__(self, code: Callable[[Any, Tensor], Tensor], width: int = 16) -> None:
         super().__init__()
@@ -212,7 +213,7 @@ def test_keeping_everything_changes_nothing(name: str) -> None:
 
 
 class Refines(nn.Module):
-    """A loop of as many steps as the caller likes, over a state that a part updates."""
+    """A loop over a state that a part updates; the caller chooses the number of steps."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -242,7 +243,7 @@ def test_a_number_of_steps_stays_the_callers() -> None:
 
 
 class Scales(nn.Module):
-    """What is handed to it beside the tensor settles its path."""
+    """A module whose path depends on arguments that are not tensors."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -256,7 +257,7 @@ class Scales(nn.Module):
 
 
 class HandsOn(nn.Module):
-    """Calls a part as often as it is told, with numbers, flags and nothing among the arguments."""
+    """A model that calls a part several times, with a number, a flag and None as arguments."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -270,6 +271,7 @@ class HandsOn(nn.Module):
 
 
 def test_a_part_is_called_with_more_than_tensors_and_says_so_where_that_changes() -> None:
+    """A part accepts other arguments than tensors, and refuses other values than the example's."""
     model, x = HandsOn(8), torch.randn(2, 3)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert pruned.report.parts == ("stem", "scales", "head")
@@ -283,9 +285,7 @@ def test_a_part_is_called_with_more_than_tensors_and_says_so_where_that_changes(
 
 
 class BatchDecides(nn.Module):
-    """As a decoder does with positions that it makes itself: one row for all, unless there are
-    several sequences.
-    """
+    """A model that expands its one row of positions only for several sequences, as decoders do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,8 +304,10 @@ class BatchDecides(nn.Module):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_what_is_decided_is_decided_for_the_example(batch: int) -> None:
-    """The analysis takes a batch of two where the example is one image: not where the model would
-    do something else then.
+    """What the batch size decides is decided for the example.
+
+    The analysis widens a batch of one to two, but not where the model would then do something
+    else.
     """
     model, x = BatchDecides(), torch.randn(batch, 3)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
@@ -316,9 +318,7 @@ def test_what_is_decided_is_decided_for_the_example(batch: int) -> None:
 
 
 class Detects(nn.Module):
-    """Two levels, a head that they share, boxes where it fires, features pooled from these boxes,
-    classes.
-    """
+    """A detector: a head shared by two levels finds boxes; pooled features are classified."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -360,7 +360,7 @@ def test_a_detector_prunes_through_its_boxes() -> None:
     pruned = fxprune.prune(model, (images,), channels=0.5, verify=True)
     assert pruned.report.error < 1e-9
     assert share_left(pruned) < 0.35
-    # the features keep half of their channels through the pooling of boxes
+    # half of the features' channels go through the pooling of boxes
     assert pruned.model.box[1].in_features == 8 * 9
     for count in (1, 3):
         assert len(pruned.model([torch.rand(3, 25, 25)] * count)) == count
@@ -368,7 +368,7 @@ def test_a_detector_prunes_through_its_boxes() -> None:
 
 
 class Branches(nn.Module):
-    """Goes on in another way for other values; every module is called either way."""
+    """A model that branches on values; both branches call every module."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -387,6 +387,7 @@ class Branches(nn.Module):
 
 
 def test_where_values_decide_both_ways_are_tied() -> None:
+    """If values decide on a branch, the channels of both branches are coupled."""
     model, x = randomise(Branches()).eval(), torch.randn(IMAGE, dtype=torch.float64)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert share_left(pruned) < 0.5
@@ -394,9 +395,7 @@ def test_where_values_decide_both_ways_are_tied() -> None:
 
 
 def same_on_both_paths(model: Any, pruned: fxprune.Pruned, x: Tensor) -> None:
-    """The pruned model equals the masked original whichever way it goes on after the first
-    part.
-    """
+    """Assert that the pruned model equals the masked original on both branches."""
     reference, paths = masked(model, pruned.model), set()
     for factor in (-50.0, -1.0):
         for m in (reference, pruned.model):
@@ -413,7 +412,7 @@ class Hides(Branches):
 
 
 class HidesWhatItShares(Hides):
-    """The hidden module has a filter of the one that is seen."""
+    """The module on the hidden branch shares a filter with the one on the visible branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -455,14 +454,12 @@ def test_a_pruned_model_with_parts_can_be_copied_and_moved_to_another_dtype() ->
 
 
 def test_activations_are_read_in_every_part() -> None:
-    """Two steps read the state: its units have the mean over both, and over both parts that read
-    it.
-    """
+    """A unit's activation is the mean over all calls of all layers that read it."""
     model, data = Refines(8).eval(), [(torch.randn(4, 3, 8, 8),), (torch.randn(2, 3, 8, 8),)]
     coupling = fxprune.analyze(model, data[0][0])
     scores = fxprune.criteria.Activation(data).scores(coupling, model)
     read: dict[str, list[Tensor]] = {}
-    # inside of a part, and read by another one after Python has cut and joined it
+    # one is inside a part; Python cuts and joins the output of the other for the next part
     for name in ("update.3", "encoder.3"):
         model.get_submodule(name).register_forward_hook(
             lambda module, inputs, out, name=name: read.setdefault(name, []).append(inputs[0])
@@ -482,16 +479,14 @@ def test_activations_are_read_in_every_part() -> None:
 
 
 def test_constants_go_into_the_biases_of_parts() -> None:
-    """Channels that are constant everywhere can go without a trace, in every part and at every
-    step.
-    """
+    """Constant channels can be removed exactly, in every part and at every step."""
     model, x = Refines(8).double().eval(), torch.randn(8, 3, 8, 8, dtype=torch.float64)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.constant_(module.weight[::2], 0.0)
             nn.init.constant_(module.bias, 2.0)
         elif isinstance(module, nn.Conv2d):
-            # no border of zeros, which would be none of the constant
+            # a border of zeros would differ from the constant
             module.padding_mode = "replicate"
     inner = {"encoder.0": 0.5, "update.0": 0.5}
 
@@ -550,7 +545,7 @@ ASKS: dict[str, Callable[[Any, Tensor], bool]] = {
 
 
 class Asks(nn.Module):
-    """Does one thing on a CPU, say, and another elsewhere."""
+    """A model that computes something else if the answer to a question is another one."""
 
     def __init__(self, question: Callable[[Any, Tensor], bool]) -> None:
         super().__init__()
@@ -564,8 +559,10 @@ class Asks(nn.Module):
 def test_what_is_done_for_some_callers_only_stays_python(
     question: Callable[[Any, Tensor], bool],
 ) -> None:
-    """The meta copy lies on the meta device and has no gradients: it would answer otherwise. A
-    graph would have one answer for all.
+    """Code that depends on the device, dtype or gradients of a tensor stays Python.
+
+    The meta copy is on the meta device and has no gradients, so its answer would differ. A graph
+    would have one answer for all callers.
     """
     model, x = Asks(question).eval(), torch.randn(3, 8)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
@@ -586,6 +583,8 @@ def test_what_is_done_for_some_callers_only_stays_python(
 def test_a_device_that_is_handed_on_stays_a_graph(
     device: Callable[[Any, Tensor], torch.device],
 ) -> None:
+    """A device that is only passed on does not keep the model from being one graph."""
+
     class HandsOn(Asks):
         def forward(self, x: Tensor) -> Tensor:
             place = device(self, x)
@@ -601,13 +600,13 @@ def test_a_device_that_is_handed_on_stays_a_graph(
 
 
 def opaque(x: Tensor) -> Tensor:
-    """What no graph holds."""
+    """Return ``x`` after a call that no graph can hold."""
     torch.nonzero(x.flatten() > 1e9)
     return x
 
 
 class Cell(nn.Module):
-    """One cell three times, the first time with less than later."""
+    """A model that calls a cell several times, the first time without a state."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -643,8 +642,9 @@ def test_a_module_that_is_called_in_two_ways_runs_in_both(kind: str) -> None:
 
 
 class CallsInside(nn.Module):
-    """Calls a module, and one inside of it once more: by its path, by a method of the outer one,
-    by ``forward``.
+    """A model that calls a module, and afterwards calls a module inside it again.
+
+    ``way`` decides whether they are called as modules or by ``forward``.
     """
 
     def __init__(self, way: str) -> None:
@@ -668,6 +668,7 @@ class CallsInside(nn.Module):
 
 @pytest.mark.parametrize("way", ["path", "method", "forward"])
 def test_a_part_lies_in_no_other(way: str) -> None:
+    """Of two nested modules that are called, at most one is a part."""
     model, x = CallsInside(way).eval(), torch.randn(2, 6)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert pruned.report.error < 1e-9
@@ -692,7 +693,7 @@ HELD: dict[str, Callable[[Any], Any]] = {
 
 
 class Holds(nn.Module):
-    """Calls a module through what else holds it."""
+    """A model that calls a module through another object that holds it."""
 
     def __init__(self, hold: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -734,8 +735,10 @@ class Fusible(Repeated):
 
 
 def test_indices_that_stand_for_none_differ() -> None:
-    """An image without boxes writes with no index. Two equal ones in its place would race: the
-    plan would be another one from run to run.
+    """Indices that replace an empty index differ from each other.
+
+    An image without boxes writes with an empty index. Two equal indices in its place would race,
+    and the plan would change from run to run.
     """
     mode = RealMode(Context())
     assert mode._with_elements(torch.zeros(0, dtype=torch.int64)).tolist() == [0, 1]
@@ -744,14 +747,15 @@ def test_indices_that_stand_for_none_differ() -> None:
 
 
 def test_a_part_hides_no_method_of_the_users() -> None:
-    """Python between parts calls methods of the user's class: the emitted class comes before it,
-    so it may define no name that GraphModule does not.
+    """The emitted class defines no name that GraphModule does not define.
+
+    It comes before the user's class, so it would hide methods that Python between parts calls.
     """
     assert [name for name in vars(PrunedModule) if not hasattr(fx.GraphModule, name)] == []
 
 
 class Replaced(nn.Module):
-    """A module whose forward was replaced on the object: by a method, a function or a partial."""
+    """A model with a module whose forward was replaced by a method, a function or a partial."""
 
     def __init__(self, way: str, whole: bool) -> None:
         super().__init__()
@@ -784,7 +788,7 @@ def test_a_replaced_forward_computes_with_the_pruned_weights(way: str, whole: bo
     assert share_left(pruned) < 0.7
     assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
     before = pruned.model(x)
-    if way != "leaf":  # what was put on the module stays on it
+    if way != "leaf":  # the replaced forward stays on the module
         given = torch.randn(2, pruned.model.block.up.weight.shape[1])
         assert pruned.model.block(given).shape == (2, pruned.model.block.down.weight.shape[0])
     pruned.model(x).sum().backward()
@@ -811,6 +815,7 @@ class Hooked(nn.Module):
 
 @pytest.mark.parametrize("where", ["root", "block", "leaf"])
 def test_hooks_change_what_they_change_and_go_on_seeing_what_they_see(where: str) -> None:
+    """Hooks change the results of the pruned model, and see its modules and tensors."""
     model, x, seen = Hooked(where).double().eval(), torch.randn(2, 6).double(), []
     model.owner.register_forward_hook(lambda module, inputs, out: seen.append((module, out)))
     model.owner.register_forward_hook(
@@ -821,7 +826,7 @@ def test_hooks_change_what_they_change_and_go_on_seeing_what_they_see(where: str
     assert pruned.report.error < 1e-9
     assert share_left(pruned) < 0.7
     assert torch.equal(fxprune.prune(model, x, channels=1.0).model(x), model(x))
-    assert not any(out.shape[-1] == 8 for _, out in seen)  # what the analysis ran has left nothing
+    assert not any(out.shape[-1] == 8 for _, out in seen)  # the analysis left nothing in it
     seen.clear()
     out = pruned.model(x)
     ((module, kept),) = seen
@@ -832,8 +837,9 @@ def test_hooks_change_what_they_change_and_go_on_seeing_what_they_see(where: str
 
 
 def test_modules_whose_calls_are_looked_at_are_a_copys_alone() -> None:
-    """Nothing of torch.nn is changed for a while, so other threads, and other models, run as
-    ever.
+    """Calls of modules are watched on a copy; ``nn.Module`` is not changed, not even for a while.
+
+    Therefore other threads and other models run as usual.
     """
     model, x = Refines().eval(), torch.randn(IMAGE)
     calls: list[tuple[bool, bool]] = []
@@ -850,9 +856,7 @@ def test_modules_whose_calls_are_looked_at_are_a_copys_alone() -> None:
 
 
 class Tied(nn.Module):
-    """A decoder that reads the encoder's weight in Python, beside what Python sees at full
-    width.
-    """
+    """A model whose Python code reads a part's weight again, beside tensors at full width."""
 
     def __init__(self, read: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -961,7 +965,7 @@ def test_what_a_part_gives_keeps_its_kind_where_python_sees_it_whole(name: str) 
 
 
 class Layers(nn.Module):
-    """Modules of torch.nn that are parts themselves, or that Python runs."""
+    """Modules of torch.nn that are parts themselves, or that Python calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -982,6 +986,7 @@ class Layers(nn.Module):
 
 
 def test_parts_know_their_sizes() -> None:
+    """Modules of torch.nn have attributes with the pruned sizes."""
     model, x = Layers().eval(), torch.randn(IMAGE)
     small = fxprune.prune(model, x, channels=0.5, verify=True).model
     assert (
@@ -1000,7 +1005,10 @@ def test_parts_know_their_sizes() -> None:
 
 
 class Squeezes(nn.Module):
-    """Python that drops a batch of one, and gives a part positions that it has to pick."""
+    """A model whose Python code drops a batch axis of one.
+
+    It also gives a part channels at full width, from which the part has to pick.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -1022,7 +1030,7 @@ def test_a_batch_of_one_that_python_drops() -> None:
 
 
 class Attends(nn.Module):
-    """Attention in Python, whose scale follows from the width."""
+    """Attention in Python, whose scale depends on the width."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1047,7 +1055,7 @@ class First(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A part whose recurrent layer makes its first state as wide as it remembers to be."""
+    """A part whose recurrent layer makes its first state as wide as its attribute says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1070,7 +1078,7 @@ def test_a_recurrent_layer_in_a_part_knows_its_size() -> None:
 
 
 class Passes(nn.Module):
-    """A part that gives on what it is given, which is something else at each call."""
+    """A part that passes on an argument, which is another tensor at each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1123,7 +1131,7 @@ def test_numbers_from_a_generator_stay_python() -> None:
 
 
 class Tagged(Tensor):
-    """A class of a user's."""
+    """A user's class of tensors."""
 
 
 class ByNumpy(torch.autograd.Function):
@@ -1159,12 +1167,13 @@ UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("made", UNSEEN.values(), ids=UNSEEN)
 def test_tensors_that_no_operation_makes_between_parts(made: Callable[[Tensor], Tensor]) -> None:
+    """Pruning is exact with tensors between parts that are made without an operation."""
     model, x = Between(lambda model, y: made(y)).eval(), torch.randn(IMAGE)
     fxprune.prune(model, x, channels=0.5, verify=True).model(x)
 
 
 class Ensemble(nn.Module):
-    """One module is called with the parameters of all of them."""
+    """A model that calls one module with the parameters of all members."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1198,8 +1207,9 @@ class Cubes(nn.Module):
 
 
 def test_a_part_is_as_large_as_where_nothing_looks_on() -> None:
-    """What watches the runs of a model must not see how its parts are traced: they would come out
-    smaller.
+    """The modes that watch a model's runs do not change which modules become parts.
+
+    A mode that saw how parts are traced would make them smaller.
     """
 
     class Decides(nn.Module):

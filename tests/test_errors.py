@@ -1,6 +1,7 @@
-"""Bad input: one clear error from the project's own tree, which names what failed and the way out.
+"""Tests of errors on bad input.
 
-Every test also sees that the model is, bit for bit, what it was before.
+There is one clear error from the project's own tree, which names what failed and the way out.
+Tests with `refused` also check that the model is unchanged, bit for bit.
 """
 
 import json
@@ -31,8 +32,9 @@ from tests.support.checking import assert_unharmed, snapshot
 
 
 class Small(nn.Module):
-    """Two convolutions and a classifier, in train mode and with a hook, so that harm would
-    show.
+    """Two convolutions and a classifier, set up so that harm to the model would show.
+
+    The model is in train mode, with a hook, a frozen weight and a norm in eval mode.
     """
 
     def __init__(self, width: int = 8) -> None:
@@ -60,8 +62,9 @@ def refused(
     does: Callable[..., Any] = fxprune.prune,
     **options: Any,
 ) -> str:
-    """Assert that pruning raises `error`, that its text has all `words` (patterns), and that the
-    model is unharmed.
+    """Assert that a call raises `error`, and return the text of the error.
+
+    The text must match each pattern in `words`, and the model must be unharmed.
     """
     model = Small() if model is None else model
     inputs = torch.randn(IMAGE) if inputs is None else inputs
@@ -95,12 +98,13 @@ def test_budgets_that_are_no_share(budget: str) -> None:
 
 
 def test_a_budget_is_not_forgotten() -> None:
+    """If no budget is given, the error lists the arguments that set one."""
     refused(ArgumentError, "channels=", "macs=", "params=", "layers=", channels=None)
 
 
 def test_a_budget_that_cannot_be_reached() -> None:
-    """The error says what the least reachable is."""
-    # its output stays: 64 of its 64
+    """The error names the smallest budget that can be reached."""
+    # all 64 channels of its output stay
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 64, 3))
     text = refused(
         BudgetError, "macs=0.01", "smallest", "keep=", model=model, channels=None, macs=0.01
@@ -215,6 +219,7 @@ def test_integer_example_for_a_convolution() -> None:
 
 
 def test_model_that_is_none() -> None:
+    """A function in place of a model is refused."""
     refused((ModelError, ArgumentError), "nn.Module", "function|lambda", model=lambda x: x)
 
 
@@ -223,9 +228,7 @@ def test_class_instead_of_an_instance() -> None:
 
 
 class BranchesOnValues(nn.Module):
-    """Python asks for a number that only running could tell; no submodule that could be traced
-    alone.
-    """
+    """A model that branches on values, and has no submodule that could be traced alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +245,7 @@ def test_branch_on_values() -> None:
 
 
 class CallsNumpy(nn.Module):
-    """Leaves torch in the middle."""
+    """A model that computes with NumPy in the middle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +260,7 @@ def test_numpy_inside() -> None:
 
 
 class RaisesItself(nn.Module):
-    """The model's own check refuses the example."""
+    """A model that checks its input itself, and refuses the example."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +332,7 @@ def with_tensor(name: str, tensor: Tensor, *, buffer: bool = False) -> nn.Module
 
 
 class Kind(Tensor):
-    """A tensor of a kind of its own."""
+    """A tensor of a user's class."""
 
 
 TENSORS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
@@ -365,7 +368,7 @@ TENSORS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors_that_cannot_be_pruned(name: str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch of its own sparse tensors
+        warnings.simplefilter("ignore")  # torch warns of its own sparse tensors
         build, words = TENSORS[name]
         with pytest.raises(ModelError) as caught:
             fxprune.prune(build(), torch.randn(IMAGE), channels=0.5)
@@ -374,7 +377,7 @@ def test_tensors_that_cannot_be_pruned(name: str) -> None:
 
 
 def test_a_sparse_buffer_stays_as_it_is() -> None:
-    """Nothing of it can be removed, and nothing has to be."""
+    """A sparse buffer stays as it is, as none of it has to be removed."""
 
     class OnAGraph(nn.Module):
         def __init__(self) -> None:
@@ -393,8 +396,9 @@ def test_a_sparse_buffer_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("does", [fxprune.prune, fxprune.analyze, fxprune.cost.cost_of])
 def test_a_module_that_contains_itself(does: Callable[..., Any]) -> None:
-    """Nothing that goes through its modules would come to an end; one that is held twice is no
-    such module.
+    """A module that contains itself is refused, as a walk over its modules would not end.
+
+    A module that is held twice is accepted.
     """
     model = nn.Sequential(Small(), nn.ReLU())
     model[0].conv1.owner = model[0]
@@ -419,7 +423,7 @@ def test_a_scripted_module_inside_is_named(make: Callable[..., nn.Module]) -> No
 
 
 class NotMade(nn.Module):
-    """A module whose own parts were never made."""
+    """A module whose ``__init__`` does not call that of its base class."""
 
     def __init__(self) -> None:
         pass
@@ -458,13 +462,17 @@ BROKEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.parametrize("does", [fxprune.prune, fxprune.cost.cost_of])
 def test_a_module_that_is_no_whole_one(name: str, does: Callable[..., Any]) -> None:
+    """A module that lacks its own attributes, or holds values of a wrong type, is refused."""
     build, words = BROKEN[name]
     with pytest.raises(ModelError, match=words):
         does(build(), torch.randn(IMAGE), **({"channels": 0.5} if does is fxprune.prune else {}))
 
 
 def test_a_bias_of_another_length() -> None:
-    """The kernels that compute shapes alone take it, the real ones do not."""
+    """A bias of a wrong length is refused.
+
+    Kernels that compute shapes alone accept it, and real kernels do not.
+    """
     model = Small()
     model.conv2.bias = nn.Parameter(torch.zeros(7))
     refused(InputError, "conv2", r"bias \(7,\)|bias of shape \(7,\)", model=model)
@@ -480,15 +488,16 @@ class ReturnsAModule(nn.Module):
 
 
 def test_an_output_that_is_a_module() -> None:
-    """No graph can give it, and the parts can be had."""
+    """A model that returns a module is pruned in parts, as no graph can return one."""
     report = fxprune.prune(ReturnsAModule(), torch.randn(IMAGE), channels=0.5, verify=True).report
     assert "Sequential" in report.not_one_graph
     assert report.params_after < report.params_before
 
 
 def test_a_message_names_no_line_of_the_call_of_a_module() -> None:
-    """Of a model that is all torch's own it names the line that calls the layer, not the one that
-    calls every module.
+    """For a model of torch's own modules, the error names the line that calls the layer.
+
+    It does not name the line in module.py that calls every module.
     """
     text = refused(
         InputError,
@@ -500,7 +509,10 @@ def test_a_message_names_no_line_of_the_call_of_a_module() -> None:
 
 
 def test_a_hook_with_keywords_of_a_graph_module() -> None:
-    """Its copies call the hook as it was registered, and hold what it reads."""
+    """A GraphModule with a hook that takes keywords is pruned in parts.
+
+    Its copies call the hook as it was registered, and hold what the hook reads.
+    """
     model = torch.fx.symbolic_trace(
         nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
     )
@@ -527,7 +539,7 @@ class HasNoKeys(dict[str, Tensor]):
 
 def quantised() -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch of its own quantised tensors
+        warnings.simplefilter("ignore")  # torch warns of its own quantised tensors
         return torch.quantize_per_tensor(torch.randn(IMAGE), 0.1, 0, torch.quint8)
 
 
@@ -563,9 +575,7 @@ def test_a_nested_example() -> None:
 
 
 class FailsLate(nn.Module):
-    """Runs for a while, then does what no analysis follows; train mode, frozen weights and
-    gradients stay.
-    """
+    """A model that runs most of its code and then fails in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -615,6 +625,7 @@ def test_plan_of_a_model_with_other_names() -> None:
 
 @pytest.mark.parametrize("text", ["", "not json", "[]", "{}", "null", '{"version": 1}'])
 def test_plan_that_is_none(text: str) -> None:
+    """Text that is not a plan is refused."""
     with pytest.raises(PlanError, match=r"(?i)plan"):
         fxprune.Plan.from_json(text)
 
@@ -641,7 +652,7 @@ def test_verification_against_another_model() -> None:
 
 
 def test_verification_sees_a_wrong_model() -> None:
-    """A swapped pair of channels has the right shapes and the wrong numbers."""
+    """Channels in another order have the right shapes and the wrong numbers."""
     model, pruned = _pruned()
     good = fxprune.verify(model, pruned, torch.randn(IMAGE))
     assert good.error <= 1e-9

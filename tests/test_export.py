@@ -1,4 +1,4 @@
-"""Exported files give in a process of their own what the model gives here."""
+"""Tests of export: a file gives in its own process what the model gives here."""
 
 import math
 import sys
@@ -50,6 +50,8 @@ def test_a_pruned_model_in_a_fresh_process(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_transformer_with_keywords(tmp_path: Path) -> None:
+    """A model with keyword arguments and a dict as output can be exported."""
+
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -68,7 +70,7 @@ def test_a_transformer_with_keywords(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_without_a_dynamic_batch(tmp_path: Path) -> None:
-    """A model that unrolls its batch in Python has no other."""
+    """A model that unrolls its batch in Python can be exported for one batch size only."""
 
     class Unrolled(nn.Module):
         def __init__(self) -> None:
@@ -94,6 +96,7 @@ def test_without_a_dynamic_batch(tmp_path: Path) -> None:
 def test_a_file_that_gives_something_else_is_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A file whose results differ from the model's is refused and removed."""
     program = (
         Path(runner.__file__)
         .read_text()
@@ -107,6 +110,7 @@ def test_a_file_that_gives_something_else_is_no_result(
 
 
 def test_a_file_that_gives_no_number_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in a file's results counts as an infinite difference."""
     runtimes = sys.modules["fxprune.runtimes"]
     given = torch.tensor([1.0, math.nan])
     monkeypatch.setattr(runtimes, "_run_apart", lambda *_: [[given]])
@@ -119,6 +123,7 @@ def test_a_file_that_gives_no_number_is_no_result(monkeypatch: pytest.MonkeyPatc
 def test_a_file_that_needs_fxprune_is_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A file that imports fxprune when it runs is refused."""
     program = (
         Path(runner.__file__)
         .read_text()
@@ -157,7 +162,10 @@ def test_operations_of_torchvision(tmp_path: Path) -> None:
 def test_packages_are_those_that_define_operations_of_the_program(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a branch too, and no package that is only loaded here."""
+    """Packages that define operations of a program are listed, also those used in a branch.
+
+    Packages that are only loaded here are not.
+    """
 
     class Branching(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +178,7 @@ def test_packages_are_those_that_define_operations_of_the_program(
     fresh.register_fake(torch.empty_like)
     assert packages_of(torch.export.export(small(), (torch.zeros(1, 3, 9, 9),))) == []
     program = torch.export.export(Branching(), (torch.zeros(3),))
-    assert packages_of(program) == []  # no package of this name, so none that could be imported
+    assert packages_of(program) == []  # no package of this name can be imported
     monkeypatch.setitem(sys.modules, "fxprune_package", sys)
     assert packages_of(program) == ["fxprune_package"]
 
@@ -190,8 +198,10 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own writer of files ends the process there: it is given memory, and what writes to
-    the disk is Python's.
+    """A full disk raises an error and leaves no file.
+
+    torch's own writer of files would end the process. Therefore it writes to memory, and Python
+    writes the file.
     """
 
     def full(self: Path, data: Any) -> int:

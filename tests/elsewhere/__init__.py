@@ -1,3 +1,4 @@
-"""Checks for a process of their own, on a device that tests/support/elsewhere.py makes;
-tests/test_devices.py starts them.
+"""Checks on the device of tests/support/elsewhere.py.
+
+They run in their own process, which tests/test_devices.py starts.
 """

@@ -1,5 +1,6 @@
-"""A model that lies on another device than the CPU is pruned there, to the same plan, and all of
-the result lies there.
+"""Checks of models on a device other than the CPU.
+
+They are pruned there to the same plan, and all of the result is there.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ IMAGE = torch.zeros(1, 3, 8, 8)
 
 @pytest.fixture(autouse=True, scope="session")
 def device() -> None:
-    register()  # not where this file is only imported
+    register()  # not if this file is only imported
 
 
 def moved(value: Any) -> Any:
+    """Return tensors, or a module, on the device; shared parameters stay shared."""
     if not isinstance(value, nn.Module):
         return tree_map_only(Tensor, lambda tensor: tensor.to(NAME), value)
     names: dict[int, list[str]] = {}
     for name, parameter in value.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    # makes new parameters, as tensors of this device are of another class, and so parts those that
-    # are shared
+    # `to` makes new parameters, because tensors of this device have another class. So parameters
+    # that were shared are separate afterwards.
     value.to(NAME)
     for first, *others in names.values():
         for path, _, name in (other.rpartition(".") for other in others):
@@ -49,7 +51,7 @@ def moved(value: Any) -> Any:
 
 
 def here(model: nn.Module) -> bool:
-    """Whether parameters, buffers and constants are all on the device."""
+    """Tell whether parameters, buffers and constants are all on the device."""
     constants = [
         value
         for module in model.modules()
@@ -63,8 +65,9 @@ def here(model: nn.Module) -> bool:
 
 
 def prunes_alike(model: nn.Module, inputs: Any, **options: Any) -> fxprune.Pruned:
-    """The result there, where the model is afterwards, after comparing it with the result on the
-    CPU.
+    """Prune on the CPU and on the device, compare, and return the result of the device.
+
+    Afterwards the model is on the device.
     """
     wanted = fxprune.prune(model, inputs, **options)
     reference = tensors(call(wanted.model, inputs))
@@ -86,7 +89,7 @@ def test_family(family: Family) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES[2::6], ids=lambda family: family.name)
 def test_few(family: Family) -> None:
-    """Which layers a family has decides little about devices."""
+    """A few families suffice, because the layers of a family matter little for devices."""
     check_family(family)
 
 
@@ -106,7 +109,8 @@ def recurrent(case: Case) -> bool:
     )
 
 
-# Recurrent layers: on a device that is no CPU, torch calls kernels that only GPUs have.
+# No recurrent layers: on devices other than the CPU, torch calls kernels for them that only GPUs
+# have.
 @pytest.mark.parametrize(
     "case", [case for case in ZOO if not recurrent(case)], ids=lambda case: case.name
 )
@@ -141,7 +145,10 @@ def test_python_detector() -> None:
 
 
 class Constants(nn.Module):
-    """Tensors that are no buffers, and what forward makes of them, and of parameters' device."""
+    """A model with tensors that are no buffers.
+
+    Its forward computes with them and with the device of parameters.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,8 +16,9 @@ CASES: tuple[Case, ...] = (
 
 
 def in_turn(names: str, *variants: object) -> pytest.MarkDecorator:
-    """Every case with every variant; the tests of every change take one variant of a case, in
-    turn, the slow ones the others.
+    """Return a mark that runs a test on every case with every variant.
+
+    One variant of each case, in turn, belongs to the tests of every change. The others are slow.
     """
     return pytest.mark.parametrize(
         ("case", names),

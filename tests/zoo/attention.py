@@ -1,4 +1,4 @@
-"""Attention in the words that people write it in."""
+"""Attention in the spellings that are in use."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,7 @@ HEADS = 4
 
 
 class PackedAttention(nn.Module):
-    """One linear layer for queries, keys and values, taken apart by reshape, permute and
-    unbind.
-    """
+    """One linear layer for queries, keys and values, split by reshape, permute and unbind."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -29,7 +27,7 @@ class PackedAttention(nn.Module):
 
 
 class ChunkedAttention(nn.Module):
-    """One linear layer cut by chunk, heads by view, the fused kernel with its default scale."""
+    """One linear layer split by chunk, heads by view, the fused kernel with its default scale."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,7 +44,7 @@ class ChunkedAttention(nn.Module):
 
 
 class SeparateAttention(nn.Module):
-    """A linear layer each, heads by view with a literal -1, the mean attention kept in float."""
+    """A linear layer each for queries, keys and values; heads by view with a literal -1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,7 +61,7 @@ class SeparateAttention(nn.Module):
 
 
 class EinsumAttention(nn.Module):
-    """Weights of shape (c, h, d), everything by einsum."""
+    """Weights of shape (c, h, d), and every product by einsum."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -80,7 +78,7 @@ class EinsumAttention(nn.Module):
 
 
 class ModuleAttention(nn.Module):
-    """nn.MultiheadAttention, batch first or not."""
+    """nn.MultiheadAttention, batch first or sequence first."""
 
     def __init__(self, width: int, batch_first: bool = True) -> None:
         super().__init__()
@@ -95,8 +93,9 @@ class ModuleAttention(nn.Module):
 
 
 class GroupedAttention(nn.Module):
-    """Two query heads on each key and value head: copied for each by one of three spellings, or by
-    the fused kernel itself.
+    """Attention with two query heads for each head of keys and values.
+
+    Keys and values are copied by one of two spellings, or by the fused kernel itself.
     """
 
     def __init__(self, width: int, copied: str, rotary: bool = False) -> None:
@@ -130,7 +129,7 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Cosines and sines of rotary positions, both halves of a head alike."""
+    """Cosines and sines of rotary positions, equal in both halves of a head."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -146,7 +145,7 @@ class Rotary(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """As decoders write it: nothing but a scale."""
+    """RMSNorm as decoders write it: with a scale and nothing else."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -182,9 +181,7 @@ class Decoder(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Swin: roll, partition into windows, attention with a table of relative biases, and all the
-    way back.
-    """
+    """Swin's attention: roll, windows, a table of relative biases, and all the way back."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -211,8 +208,9 @@ class WindowAttention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """ViT of two blocks around some attention: patches, class token, positions, layer scale,
-    LayerNorm first.
+    """A ViT of two blocks around some attention.
+
+    It has patches, a class token, positions, LayerNorm first, and layer scale.
     """
 
     def __init__(self, width: int, attention: Callable[[int], nn.Module]) -> None:
@@ -245,8 +243,9 @@ class Transformer(nn.Module):
 
 
 class BareAttention(nn.Module):
-    """The same attentions with no normalisation around them, so that the original with zeros is
-    the reference.
+    """The same attentions without normalisation around them.
+
+    Therefore the original with zeros is a valid reference.
     """
 
     def __init__(self, width: int, attention: Callable[[int], nn.Module]) -> None:
@@ -276,8 +275,9 @@ class Windows(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries from one input, keys and values from another; nn.MultiheadAttention with its own
-    kdim and vdim.
+    """nn.MultiheadAttention with kdim and vdim.
+
+    Queries come from one input, keys and values from another.
     """
 
     def __init__(self, width: int) -> None:

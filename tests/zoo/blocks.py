@@ -37,7 +37,7 @@ class Residual(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """A gate per channel, out of 1x1 convolutions or out of linear layers and a view."""
+    """A gate per channel, made of 1x1 convolutions, or of linear layers and a view."""
 
     def __init__(self, width: int, linear: bool) -> None:
         super().__init__()
@@ -62,8 +62,9 @@ class SqueezeExcite(nn.Module):
 
 
 class LayerScaled(nn.Module):
-    """ConvNeXt block: depthwise, channels last, LayerNorm, an inverted bottleneck and a learned
-    scale.
+    """ConvNeXt's block, with two learned scales.
+
+    It has a depthwise convolution, channels last, LayerNorm, and an inverted bottleneck.
     """
 
     def __init__(self, width: int) -> None:
@@ -84,14 +85,14 @@ class LayerScaled(nn.Module):
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """The ShuffleNet operator, in the usual words."""
+    """Shuffle channels between groups, as ShuffleNet is usually written."""
     batch, channels, height, width = x.size()
     x = x.view(batch, groups, channels // groups, height, width)
     return torch.transpose(x, 1, 2).contiguous().view(batch, -1, height, width)
 
 
 class GroupShuffle(nn.Module):
-    """ShuffleNet v1: grouped convolutions with a shuffle between."""
+    """ShuffleNet v1: grouped convolutions with a shuffle between them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -109,7 +110,10 @@ class GroupShuffle(nn.Module):
 
 
 class SplitShuffle(nn.Module):
-    """ShuffleNet v2: half passes by, half is worked on, then both are shuffled; twice."""
+    """Two blocks of ShuffleNet v2.
+
+    Half of the channels pass by, the other half is computed on, and then both are shuffled.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -132,7 +136,7 @@ class SplitShuffle(nn.Module):
 
 
 class C2f(nn.Module):
-    """YOLOv8's block: chunk, a chain of bottlenecks, everything concatenated through a list."""
+    """YOLOv8's block: chunk, a chain of bottlenecks, and a concatenation of all through a list."""
 
     def __init__(self, width: int, add: bool = True) -> None:
         super().__init__()
@@ -171,8 +175,9 @@ class CSP(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """FPN: three levels, lateral convolutions, top-down sums, heads that all levels share; a list
-    of outputs.
+    """FPN: three levels, lateral convolutions, top-down sums, and heads that all levels share.
+
+    The output is a list.
     """
 
     def __init__(self, width: int) -> None:
@@ -206,7 +211,7 @@ class Pyramid(nn.Module):
 
 
 class UNet(nn.Module):
-    """Two levels down, two up, skips concatenated."""
+    """UNet: two levels down, two levels up, skips concatenated."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -231,7 +236,7 @@ class UNet(nn.Module):
 
 
 class HighResolution(nn.Module):
-    """HRNet: two resolutions side by side, each fused into the other by sums."""
+    """HRNet: two resolutions side by side, each added to the other."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -255,7 +260,7 @@ class HighResolution(nn.Module):
 
 
 class Dense(nn.Module):
-    """DenseNet: every layer sees all features so far, then a transition."""
+    """DenseNet: every layer reads all features before it; then a transition."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -313,7 +318,7 @@ class InvertedResidual(nn.Module):
 
 
 class SelectiveKernel(nn.Module):
-    """SKNet: two branches stacked, a softmax over the branch axis weighs them."""
+    """SKNet: two branches are stacked, and a softmax over the branch axis weighs them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -334,8 +339,8 @@ class SelectiveKernel(nn.Module):
 class SpatialGate(nn.Module):
     """CBAM's spatial gate: mean and maximum over the channels, a small convolution, a sigmoid.
 
-    The maximum over a removable axis changes when channels go: it may be pinned, and the rest must
-    still shrink.
+    The maximum over an axis changes when channels are removed. The axis may be pinned, and the
+    rest must still shrink.
     """
 
     def __init__(self, width: int) -> None:
@@ -356,7 +361,7 @@ class SpatialGate(nn.Module):
 
 
 class Gated(nn.Module):
-    """A convolutional gate: `how` is the words in which it is said."""
+    """A convolutional gate, spelt as `how` says."""
 
     def __init__(self, width: int, how: str) -> None:
         super().__init__()
@@ -400,7 +405,8 @@ CASES = [
     Case("inception_branches", Inception, IMAGE, slack=0.1),
     Case("inverted_residual", InvertedResidual, IMAGE),
     Case("selective_kernel", SelectiveKernel, IMAGE),
-    # c2 free on both sides, c1, c3 and c4 on one where the maximum pins the channels of c3: 0.38.
+    # c2 is free on both sides; c1, c3 and c4 on one side, where the maximum pins the channels of
+    # c3. This gives 0.38.
     Case("spatial_gate", SpatialGate, IMAGE, at_most=0.4),
     *(
         Case(f"gate_by_{how}", lambda w, how=how: Gated(w, how), IMAGE)

@@ -1,4 +1,4 @@
-"""What a case of the zoo is."""
+"""A case of the zoo, and functions that make example inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,25 +8,33 @@ import torch
 from torch import Tensor, nn
 
 Batch = Callable[[int], Any]
-"""Example inputs of a given batch size."""
+"""A function from a batch size to example inputs."""
 
 
 @dataclass(frozen=True)
 class Case:
     """A small network around one construct.
 
-    Attributes:
-        name: the test's id.
-        build: gives the network of a width; at half the width it is what a correct pruner leaves
-            at `channels=0.5`.
-        inputs: gives the example inputs of a batch size.
-        at_most: the share of parameters that may be left, where half the width is not the answer.
-            Says why.
-        slack: added to the share that the half-width network has. Needed where unlike units
-            compete in one group (a concatenation, a slice), because which of them survive depends
-            on the scores.
-        zeroable: see `tests.support.checking.check_exact`.
-        width: the width to build.
+    Attributes
+    ----------
+    name:
+        The id of the test.
+    build:
+        A function from a width to the network. At half the width, the network is what a correct
+        pruner leaves at `channels=0.5`.
+    inputs:
+        A function from a batch size to example inputs.
+    at_most:
+        The share of parameters that may be left, where it is not that of half the width. A comment
+        says why.
+    slack:
+        Added to the share that the network of half the width has. It is needed where unlike units
+        compete in one group (a concatenation, a slice), because the scores decide which of them
+        survive.
+    zeroable:
+        See `tests.support.checking.check_exact`.
+    width:
+        The width to build.
     """
 
     name: str
@@ -38,7 +46,7 @@ class Case:
     width: int = 16
 
     def bound(self) -> float:
-        """The share of parameters that may be left."""
+        """Return the share of parameters that may be left."""
         if self.at_most is not None:
             return self.at_most
         half, full = (
@@ -49,20 +57,20 @@ class Case:
 
 
 def floats(*shape: int) -> Batch:
-    """One tensor of `shape` after the batch axis."""
+    """Return inputs of one tensor, with `shape` after the batch axis."""
     return lambda batch: torch.randn(batch, *shape)
 
 
 def several(*shapes: tuple[int, ...]) -> Batch:
-    """Positional arguments, one tensor per shape."""
+    """Return inputs of several positional arguments, one tensor for each shape."""
     return lambda batch: tuple(torch.randn(batch, *shape) for shape in shapes)
 
 
 def tokens(length: int, vocabulary: int) -> Batch:
-    """Integer indices, (batch, length)."""
+    """Return inputs of integer indices, of shape (batch, length)."""
     return lambda batch: torch.randint(vocabulary, (batch, length))
 
 
 def classify(x: Tensor) -> Tensor:
-    """Mean over everything behind the channel axis: (B, C, ...) -> (B, C)."""
+    """Return the mean over all axes behind the channel axis: (B, C, ...) -> (B, C)."""
     return x.flatten(2).mean(2)

@@ -1,6 +1,4 @@
-"""Convolutions in all dimensions with every normalisation, and weights that are computed or
-bare.
-"""
+"""Convolutions in all dimensions with every normalisation, computed weights, bare parameters."""
 
 from collections.abc import Callable
 
@@ -65,7 +63,7 @@ class OverChannels(nn.Module):
 
 
 class HandwrittenRMSNorm(nn.Module):
-    """RMSNorm out of plain operators, as in language models."""
+    """RMSNorm made of plain operators, as in language models."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -76,7 +74,7 @@ class HandwrittenRMSNorm(nn.Module):
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch normalisation whose four vectors are buffers, and arithmetic on them in forward."""
+    """Batch normalisation by arithmetic in forward on four vectors that are buffers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -92,7 +90,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Convolution in, two transposed convolutions up, image out."""
+    """A convolution, two transposed convolutions, and a convolution to an image."""
 
     def __init__(self, width: int, dims: int = 2, groups: int = 1) -> None:
         super().__init__()
@@ -108,8 +106,9 @@ class Decoder(nn.Module):
 
 
 class GroupedNet(nn.Module):
-    """A convolution of `groups(width)` groups from `width` to `factor * width` channels, between
-    full ones.
+    """A grouped convolution between full ones.
+
+    It has `groups(width)` groups, `width` channels in and `factor * width` channels out.
     """
 
     def __init__(self, width: int, groups: Callable[[int], int], factor: int) -> None:
@@ -128,7 +127,7 @@ class GroupedNet(nn.Module):
 
 
 class BareParameters(nn.Module):
-    """No layer at all: parameters, buffers and functions."""
+    """A network without layers: parameters, buffers and functions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -161,9 +160,7 @@ class StandardisedConv(nn.Conv2d):
 
 
 class StandardisedConvByBatchNorm(nn.Conv2d):
-    """Weight standardisation by a batch normalisation over the filters, as in BiT and NFNet
-    code.
-    """
+    """Weight standardisation by a batch norm over the filters, as in code of BiT and NFNet."""
 
     def forward(self, x: Tensor) -> Tensor:
         flat = self.weight.reshape(1, self.out_channels, -1)
@@ -176,8 +173,9 @@ class StandardisedConvByBatchNorm(nn.Conv2d):
 class Standardised(nn.Module):
     """Plain and standardised convolutions in turn.
 
-    The input channels of a standardised filter share a statistic. A pruner may keep them all (that
-    is exact), and then every second axis is still free: half of the parameters must go either way.
+    The input channels of a standardised filter share a statistic. A pruner may keep them all,
+    which is exact. Then every second axis is still free: half of the parameters must go either
+    way.
     """
 
     def __init__(self, width: int, conv: type[nn.Conv2d]) -> None:
@@ -194,8 +192,9 @@ class Standardised(nn.Module):
 
 
 class WeightNormed(nn.Module):
-    """Convolutions and a linear layer under weight_norm, `wrap` being the parametrisation or the
-    old hook.
+    """Convolutions and a linear layer under weight_norm.
+
+    `wrap` is the parametrisation or the old hook.
     """
 
     def __init__(self, width: int, wrap: Callable[..., nn.Module]) -> None:
@@ -214,7 +213,7 @@ class WeightNormed(nn.Module):
 def _old_weight_norm(module: nn.Module, dim: int = 0) -> nn.Module:
     import warnings
 
-    with warnings.catch_warnings():  # deprecated, and still in every vocoder
+    with warnings.catch_warnings():  # deprecated, but still in every vocoder
         warnings.simplefilter("ignore")
         return nn.utils.weight_norm(module, dim=dim)
 
@@ -233,7 +232,7 @@ class MaskedConv(nn.Conv2d):
 
 
 class MaskedNet(nn.Module):
-    """Masked convolutions in a row."""
+    """Two masked convolutions, one after the other."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -287,7 +286,7 @@ CASES = [
     Case("depth_multiplier", lambda w: GroupedNet(w, lambda w: w, 2), IMAGE),
     Case("depth_multiplier_3", lambda w: GroupedNet(w, lambda w: w, 3), IMAGE),
     Case("functional_convs_on_bare_parameters", BareParameters, IMAGE),
-    # Only every second axis need be free; see Standardised.
+    # only every second axis has to be free; see Standardised
     Case(
         "weight_standardisation",
         lambda w: Standardised(w, StandardisedConv),

@@ -1,6 +1,4 @@
-"""Python around the network: several inputs and outputs, control flow on shapes, in-place writes,
-sharing.
-"""
+"""Python around the network: several inputs and outputs, branches on shapes, writes, sharing."""
 
 from typing import Any
 
@@ -12,7 +10,7 @@ from tests.zoo.case import Case, classify, floats, several
 
 
 class Backbone(nn.Module):
-    """Two convolutions to `2 * width` channels, the start of most networks here."""
+    """Two convolutions to `2 * width` channels, with which most networks here begin."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -26,16 +24,15 @@ class Backbone(nn.Module):
         return F.relu(self.linear(x))
 
     def linear(self, x: Tensor) -> Tensor:
-        """The same without the last ReLU, whose backward pass would forbid to write into its
-        output.
+        """Compute the same without the last ReLU.
+
+        The backward pass of the ReLU would forbid to write into its output.
         """
         return self.norm(self.c2(F.relu(self.c1(x))))
 
 
 class TwoInputs(nn.Module):
-    """An image and a vector: embedded apart, concatenated, and a FiLM that scales one by the
-    other.
-    """
+    """An image and a vector, embedded separately and concatenated; a FiLM scales the image."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -64,7 +61,7 @@ class Siamese(nn.Module):
 
 
 class NestedInput(nn.Module):
-    """A dict and a list as arguments."""
+    """A network whose arguments are a dict and a list."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -96,7 +93,10 @@ class Outputs(nn.Module):
 
 
 class FeatureOutput(nn.Module):
-    """A hidden feature is an output too, so its width must stay; what is inside may go."""
+    """A network that also outputs a hidden feature.
+
+    The width of this feature must stay, and the hidden channels before and behind it may go.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class FeatureOutput(nn.Module):
 
 
 class ControlFlow(nn.Module):
-    """Branches and loops whose course the shapes decide."""
+    """Branches and loops that depend on shapes."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class ControlFlow(nn.Module):
 
 
 class Frames(nn.Module):
-    """A video, frame by frame in a loop over its length, then stacked and mixed over time."""
+    """A video, processed frame by frame in a loop, then stacked and mixed over time."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Frames(nn.Module):
 
 
 class FoldedFrames(nn.Module):
-    """A video with its frames folded into the batch, and back."""
+    """A video whose frames are folded into the batch and unfolded again."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class FoldedFrames(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Writes into tensors and into views of them; `how` says which."""
+    """A network that writes into tensors and into views of them, as `how` says."""
 
     def __init__(self, width: int, how: str) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class Shared(nn.Module):
 
 
 class Containers(nn.Module):
-    """Sequential, ModuleList, ModuleDict and ParameterList, called by index, name and star."""
+    """Sequential, ModuleList, ModuleDict and ParameterList, by index, by name and in loops."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Data movement: what is reshaped, split, padded, rolled or repeated between two layers."""
+"""Data movement between two layers: reshaping, splitting, padding, rolling and repeating."""
 
 from collections.abc import Callable
 
@@ -12,12 +12,16 @@ Move = Callable[[Tensor], Tensor]
 
 
 class Between(nn.Module):
-    """conv -> conv -> some movement of data -> conv -> classifier.
+    """Two convolutions, a movement of data, a convolution and a classifier.
 
-    Args:
-        width: the channels that go into the movement are `2 * width`.
-        move: from (B, 2 * width, 8, 8) to (B, `factor * width`, H, W).
-        factor: see `move`.
+    Parameters
+    ----------
+    width:
+        The movement gets `2 * width` channels.
+    move:
+        A function from (B, 2 * width, 8, 8) to (B, `factor * width`, H, W).
+    factor:
+        See `move`.
     """
 
     def __init__(self, width: int, move: Move, factor: float = 2) -> None:
@@ -38,7 +42,7 @@ class Between(nn.Module):
 
 
 class Flat(nn.Module):
-    """conv -> conv -> a movement to vectors of `factor * width` -> two linear layers."""
+    """Two convolutions, a movement to vectors of `factor * width`, and two linear layers."""
 
     def __init__(self, width: int, move: Move, factor: int) -> None:
         super().__init__()
@@ -55,8 +59,9 @@ class Flat(nn.Module):
 
 
 class Uneven(nn.Module):
-    """A tensor cut into parts of unlike size, each of which goes another way. `cut` says how to
-    cut 4 * width.
+    """A tensor of `4 * width` channels that `cut` splits into two parts of different size.
+
+    Each part goes to a layer of its own.
     """
 
     def __init__(self, width: int, cut: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> None:
@@ -80,7 +85,10 @@ class Uneven(nn.Module):
 
 
 class Unfolded(nn.Module):
-    """A convolution written as F.unfold and a product; with F.fold on the way back."""
+    """A convolution written as F.unfold and a product.
+
+    The way back is F.fold or a pixel shuffle.
+    """
 
     def __init__(self, width: int, fold: bool) -> None:
         super().__init__()
@@ -104,7 +112,7 @@ class Unfolded(nn.Module):
 
 
 class SuperResolution(nn.Module):
-    """Sub-pixel convolution, whose output is an image of three channels: those must not shrink."""
+    """Sub-pixel convolution to an image, whose three channels must not be removed."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -120,9 +128,7 @@ class SuperResolution(nn.Module):
 
 
 class PadShortcut(nn.Module):
-    """ResNet's parameter-free shortcut: every second pixel, and zeros for the channels that are
-    missing.
-    """
+    """ResNet's shortcut without parameters: every second pixel, and zeros for missing channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -146,7 +152,7 @@ class PadShortcut(nn.Module):
 
 
 class LiteralSizes(nn.Module):
-    """Every size a number in the code: heads, groups, pixels."""
+    """Sizes that are all numbers in the code: channels and pixels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -161,7 +167,7 @@ class LiteralSizes(nn.Module):
 
 
 class ShapeArithmetic(nn.Module):
-    """Sizes read off tensors, and arithmetic on them."""
+    """Sizes that are read from tensors, and arithmetic on them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -173,7 +179,7 @@ class ShapeArithmetic(nn.Module):
         x = F.relu(self.c2(F.relu(self.c1(x))))
         b, c, h, w = x.shape
         y = x.permute(0, 2, 3, 1).reshape(b * h * w, c)
-        # 2 * c is a stale proxy: the width of `up` is its own
+        # 2 * c does not follow `up`, whose width is pruned independently
         y = F.relu(self.up(y)).reshape(b, h * w, 2 * c)
         y = self.down(y).transpose(-1, -2).reshape(b, c, h, -1)
         x = (x + y).view(x.size(0), x.size(1) * h * w)
@@ -196,7 +202,7 @@ def focus(x: Tensor) -> Tensor:
 
 
 def windows(x: Tensor) -> Tensor:
-    """Overlapping 2x2 patches by Tensor.unfold, the mean of each."""
+    """Return the mean of each overlapping 2x2 patch, by Tensor.unfold."""
     return x.unfold(2, 2, 1).unfold(3, 2, 1).mean((-1, -2))
 
 
@@ -205,7 +211,7 @@ def roll_half(x: Tensor) -> Tensor:
 
 
 def interleave(x: Tensor) -> Tensor:
-    """Two halves woven by stack and flatten."""
+    """Interleave two halves by stack and flatten."""
     a, b = x.chunk(2, 1)
     return torch.stack([a, b], dim=2).flatten(1, 2)
 
@@ -216,14 +222,14 @@ def expand(x: Tensor) -> Tensor:
 
 
 def cut_strided(x: Tensor) -> Tensor:
-    """Even channels first, then odd ones."""
+    """Put even channels before odd ones."""
     return torch.cat([x[:, ::2], x[:, 1::2]], dim=1)
 
 
 MOVES: dict[str, tuple[Move, float]] = {
     "adaptive_pool": (lambda x: F.adaptive_avg_pool2d(x, (3, 3)), 2),
     "cat_with_itself": (lambda x: torch.cat([x, x], 1), 4),
-    "channel_pad": (lambda x: F.pad(x, (0, 0, 0, 0, 2, 2)), 0),  # width in PADDED below
+    "channel_pad": (lambda x: F.pad(x, (0, 0, 0, 0, 2, 2)), 0),  # its width is in _padded below
     "crelu": (lambda x: F.relu(torch.cat([x, -x], 1)), 4),
     "expand": (expand, 4),
     "flip_channels": (lambda x: x.flip(1), 2),
@@ -278,8 +284,8 @@ IMAGE: Batch = floats(3, 8, 8)
 
 
 def _between(name: str, move: Move, factor: float) -> Case:
-    # 2 * width + 4 channels after the pad are no multiple of the width, nor are four of them
-    # removable.
+    # After the pad there are 2 * width + 4 channels, which is no multiple of the width, and four
+    # of them cannot be removed.
     if name == "channel_pad":
         return Case(name, lambda w: _padded(w, move), IMAGE)
     return Case(name, lambda w: Between(w, move, factor), IMAGE)
@@ -299,8 +305,8 @@ CASES = [
     Case("unfold", lambda w: Unfolded(w, fold=False), IMAGE),
     Case("fold", lambda w: Unfolded(w, fold=True), IMAGE),
     Case("super_resolution", SuperResolution, IMAGE),
-    # Half of the padded sum's channels meet constants and may stay: stem 0.5, a and b 0.38 and
-    # 0.38, c 0.38, d 0.5.
+    # Half of the channels of the padded sum meet constants and may stay. Left are: stem 0.5, a and
+    # b 0.38 each, c 0.38, d 0.5.
     Case("pad_shortcut", PadShortcut, IMAGE, at_most=0.45),
     Case("literal_view_sizes", LiteralSizes, IMAGE),
     Case("shape_arithmetic", ShapeArithmetic, IMAGE),

@@ -1,6 +1,4 @@
-"""Sequences of tokens without or beside attention: embeddings, mixers, gated MLPs, recurrent
-layers.
-"""
+"""Sequences of tokens: embeddings, mixers, gated MLPs and recurrent layers."""
 
 from typing import Any
 
@@ -15,7 +13,7 @@ VOCABULARY = 20
 
 
 class TextConv(nn.Module):
-    """An embedding, convolutions over time, the maximum over time."""
+    """An embedding, convolutions over time, and the maximum over time."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -30,9 +28,7 @@ class TextConv(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Token and position embeddings, a causal block, and an output layer that is the token
-    embedding again.
-    """
+    """A causal language model of one block, whose output layer may be the token embedding."""
 
     def __init__(self, width: int, tied: bool) -> None:
         super().__init__()
@@ -65,9 +61,7 @@ class LanguageModel(nn.Module):
 
 
 class TiedBag(nn.Module):
-    """Tied embeddings with nothing that normalises: the mean of the tokens predicts the next
-    one.
-    """
+    """Tied embeddings without normalisation: the mean of the tokens predicts the next one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -100,7 +94,7 @@ class Mixer(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU and friends: `how` is the words in which the gate is said."""
+    """SwiGLU and similar gates, spelt as `how` says."""
 
     def __init__(self, width: int, how: str) -> None:
         super().__init__()
@@ -128,7 +122,7 @@ class GatedMLP(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Convolutions, a recurrent layer, linear layers that read its outputs and its last state."""
+    """A convolution, a recurrent layer, and linear layers that read its outputs and last state."""
 
     def __init__(
         self, width: int, layer: type[nn.RNNBase], project: bool = False, **options: Any
@@ -178,7 +172,7 @@ class Started(nn.Module):
 
 
 class Cells(nn.Module):
-    """A loop over steps in Python."""
+    """A recurrent cell in a loop over steps."""
 
     def __init__(self, width: int, cell: type[nn.RNNCellBase]) -> None:
         super().__init__()
@@ -203,7 +197,7 @@ class Cells(nn.Module):
 
 
 class OuterProduct(nn.Module):
-    """Bilinear pooling: the outer product of two vectors, flattened: two fields on one axis."""
+    """Bilinear pooling: the flattened outer product of two vectors, two fields on one axis."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
