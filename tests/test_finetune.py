@@ -175,10 +175,8 @@ def test_it_prunes_distills_averages_and_saves(
     )
     for epoch in metrics["epochs"]:
         assert np.isfinite(epoch["loss"])
-        assert (epoch["images"], epoch["top5"]) == (
-            15,
-            100,
-        )  # the top 5 of 3 classes are all of them
+        # the top 5 of 3 classes are all of them
+        assert (epoch["images"], epoch["top5"]) == (15, 100)
     assert metrics["epochs"][-1]["top1"] > 60, "it must not forget what the dense model knew"
     loaded = fxprune.load(out / "pruned", build(LEARNS))
     assert (
