@@ -1,5 +1,7 @@
-"""The fine-tuning recipe, end to end, on a few images: what it trains, writes, resumes, and does
-the same in every process.
+"""The fine-tuning example, run end to end on a few images.
+
+The tests check what it trains and writes, that a resumed run ends like an uninterrupted one, and
+that all processes agree.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from examples import finetune as script
 from tests.support.training_ranks import fsdp_is_there
 
 SCRIPT = Path(script.__file__)
-# one channel is brighter; in alphabetical order, as ImageFolder numbers them
+# each class has one brighter channel; in alphabetical order, as ImageFolder numbers them
 COLOURS = ("blue", "green", "red")
 CHANNEL = {"red": 0, "green": 1, "blue": 2}
 PER_CLASS = {"train": 8, "val": 5}  # 15 to validate: two processes cannot share them evenly
 
-LEARNS = "resnet18"  # the colours, in a few epochs
+LEARNS = "resnet18"  # learns the colours in a few epochs
 NORMALISED = "shufflenet_v2_x0_5"  # the smallest with batch normalisation
 SMALL = "squeezenet1_1"  # the quickest to build
 
@@ -53,7 +55,7 @@ def finetune() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise in three colours."""
+    """Return a folder of noise images in three colours."""
     folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for part, count in PER_CLASS.items():
         for colour in COLOURS:
@@ -66,7 +68,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options_of(images: Path, out: Path, *more: str) -> list[str]:
-    """Of a quick run. What is given later counts."""
+    """Return the options of a quick run; later options override earlier ones."""
     small = (
         "--image-size",
         "32",
@@ -106,7 +108,7 @@ def without_times(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def accuracy(finetune: Any, model: nn.Module, images: Path) -> float:
-    """Of a model, by a loop that shares nothing with the script but the images."""
+    """Return a model's accuracy in percent; only the transform is shared with the script."""
     data = ImageFolder(str(images / "val"), finetune.validation_transform(32, 37))
     with torch.no_grad():
         right = [model(image[None]).argmax().item() == label for image, label in data]
@@ -119,8 +121,9 @@ def accuracy(finetune: Any, model: nn.Module, images: Path) -> float:
 
 @pytest.fixture(scope="module")
 def dense(finetune: Any, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model that was fine-tuned by the script itself, nothing pruned: the way to a teacher
-    of one's own classes.
+    """Return the weights of a dense model that the script has fine-tuned without pruning.
+
+    This is how a user gets a teacher for their own classes.
     """
     out = tmp_path_factory.mktemp("dense") / "run"
     more = ("--channels", "1.0", "--epochs", "6", "--rate", "0.05", "--clip", "1")
@@ -172,7 +175,8 @@ def test_it_prunes_distills_averages_and_saves(
     )
     for epoch in metrics["epochs"]:
         assert np.isfinite(epoch["loss"])
-        assert (epoch["images"], epoch["top5"]) == (15, 100)  # top 5 of 3 classes are all
+        # the top 5 of 3 classes are all of them
+        assert (epoch["images"], epoch["top5"]) == (15, 100)
     assert metrics["epochs"][-1]["top1"] > 60, "it must not forget what the dense model knew"
     loaded = fxprune.load(out / "pruned", build(LEARNS))
     assert (
@@ -245,7 +249,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     part = finetune.main([*in_parts, "--stop-after-epoch", "1"])
     assert without_times(part) == without_times(whole)[:1]
     assert not (tmp_path / "parts" / "pruned").exists()
-    torch.rand(5)  # what else the process draws does not matter
+    torch.rand(5)  # other draws in the process must not matter
     resumed = finetune.main([*in_parts, "--resume"])
     assert without_times(resumed) == without_times(whole)
     assert resumed["dense"] == whole["dense"]
@@ -253,7 +257,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
 
 def check_same_end(whole: Path, parts: Path) -> None:
-    """The same bytes of weights, and the same state of everything that trains."""
+    """Check that two runs end with the same bytes of weights and the same training state."""
     first, second = ((out / "pruned" / "model.safetensors").read_bytes() for out in (whole, parts))
     assert first == second
     one, other = (torch.load(out / "last.pt", weights_only=True) for out in (whole, parts))
@@ -296,7 +300,7 @@ def test_a_run_that_was_killed_goes_on(images: Path, tmp_path: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of a process of its own, with one thread, as the launcher gives it."""
+    """Return the environment of a process with one thread, as torchrun sets it."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -327,9 +331,9 @@ Path(sys.argv[2], f"rank{os.environ['RANK']}.json").write_text(json.dumps({**met
 def launched(
     folder: Path, *arguments: str, precision: str = "float32", nudge: float = 0.0
 ) -> list[dict[str, Any]]:
-    """The metrics that each of two processes returns, and the sums of its buffers in the end.
+    """Return the metrics of each of two processes, and the sums of its buffers at the end.
 
-    ``nudge`` is by what share of itself every weight is enlarged before the training.
+    ``nudge`` is the share of itself by which every weight is enlarged before the training.
     """
     (folder / "driver.py").write_text(DRIVER)
     launcher = [
@@ -424,11 +428,11 @@ def test_two_processes_resume(parallel: str, images: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_ddp_and_fsdp_train_alike(images: Path, tmp_path: Path) -> None:
-    """In double precision, where they differ by less than a training whose weights begin one
-    rounding away.
+    """DDP and FSDP give the same losses up to rounding, in double precision.
 
-    Normalised over four images, this network makes of such a rounding 1e-11 in the first epoch and
-    1e-3 in the second.
+    They must differ by less than two DDP runs whose first weights are one rounding apart. Because
+    it normalises over four images, the network amplifies such a rounding to 1e-11 in the first
+    epoch and to 1e-3 in the second.
     """
     needs_fsdp("fsdp")
     arguments = (
@@ -484,7 +488,7 @@ def test_distillation_is_the_divergence_of_softened_outputs(finetune: Any) -> No
 
 
 def prepared(finetune: Any, model: nn.Module, teacher: nn.Module | None, **options: Any) -> Any:
-    """The part of a run that its loss depends on."""
+    """Return a run with only the parts that its loss depends on."""
     settings = {"amp": "none", "smoothing": 0.1, "distill": 0.25, "temperature": 2.0, **options}
     world = finetune.World(0, 1, torch.device("cpu"), False)
     none: Any = None
@@ -510,7 +514,7 @@ def test_the_loss_weighs_labels_and_teacher(finetune: Any) -> None:
 
 
 def test_steps_average_their_batches_however_many_are_left(finetune: Any) -> None:
-    """Three batches, two per step: the second step has one."""
+    """With three batches and two per step, the second step averages over one batch."""
     batches = [(torch.randn(2, 6), torch.randint(4, (2,))) for _ in range(3)]
     torch.manual_seed(0)
     model, expected = nn.Linear(6, 4), nn.Linear(6, 4)

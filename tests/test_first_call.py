@@ -1,4 +1,4 @@
-"""The first prune of a process loads what it needs and no more."""
+"""The first prune of a process does not import large packages that it does not need."""
 
 import json
 import subprocess
@@ -68,7 +68,7 @@ fxprune.deploy(pruned.model)
 fxprune.latency.measure({"model": model}, x, rounds=1, seconds=0.001)
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
-"""Operations whose meta kernels import the compiler at their first call, and other functions."""
+"""Operations whose meta kernels import the compiler on their first call, and other functions."""
 
 
 @pytest.fixture(scope="module", params=[FIRST, OTHERS], ids=["small", "others"])

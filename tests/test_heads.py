@@ -1,4 +1,4 @@
-"""Attention: whole heads as units, found in every spelling and never declared."""
+"""Whole attention heads as units, found without a declaration however attention is written."""
 
 import re
 from typing import Any
@@ -40,14 +40,12 @@ def test_half_of_the_heads(case: Case) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(ATTENTIONS) - {"einsum"}))
 def test_a_head_keeps_all_its_dimensions_or_none(name: str) -> None:
-    """The surviving rows of every projection come in whole heads, and as many of them as asked
-    for.
-    """
+    """In every projection, all rows of a head belong to the same unit."""
     torch.manual_seed(0)
     model, x = BareAttention(16, ATTENTIONS[name]), torch.zeros(1, 5, 6)
     width = 16 // HEADS
     coupling = fxprune.analyze(model, x, units="heads")
-    # query heads that go with one head of the keys and values
+    # number of query heads for each head of the keys and values
     shared = 2 if name.startswith("grouped") else 1
     (heads,) = [
         g
@@ -56,18 +54,20 @@ def test_a_head_keeps_all_its_dimensions_or_none(name: str) -> None:
     ]
     checked = 0
     for parameter, (field,) in coupling.elements(heads).items():
-        # the rows of a projection, not the columns of what reads the heads
+        # only rows of projections, not columns of the layer that reads the heads
         if field.dim() == 2 and field.shape[0] > 1:
             rows = field[:, 0].reshape(-1, width)
             assert (rows == rows[:, :1]).all(), parameter
             assert rows[:, 0].unique().tolist() == list(range(HEADS // shared)), parameter
             checked += 1
-    assert checked in (1, 3)  # packed, or one each
+    assert checked in (1, 3)  # one packed projection, or three
 
 
 def test_attention_weights_that_nobody_reads_hold_no_head() -> None:
-    """nn.MultiheadAttention averages its weights over the heads unless told not to; most callers
-    drop them.
+    """Attention weights pin the heads only if they are used.
+
+    By default nn.MultiheadAttention also returns its weights, averaged over the heads; most
+    callers drop them.
     """
 
     class Kept(CrossAttention):
@@ -85,8 +85,9 @@ def test_attention_weights_that_nobody_reads_hold_no_head() -> None:
 
 
 def test_what_nobody_reads_is_not_emitted() -> None:
-    """Nor is it labelled, so that it could not be checked either. What draws random numbers stays,
-    for those drawn after it.
+    """Unused operations are not emitted: they have no labels, so they could not be checked.
+
+    An unused operation that draws random numbers stays, so that later draws do not change.
     """
 
     class Idle(BareAttention):
@@ -149,7 +150,7 @@ def test_a_plan_knows_its_units() -> None:
 
 
 def test_a_module_whose_result_nobody_reads_stays() -> None:
-    """It is still called: in training, a norm goes on counting."""
+    """A module whose result is unused is still called: in training, a norm updates statistics."""
 
     class Counting(nn.Module):
         def __init__(self) -> None:
@@ -197,8 +198,10 @@ def test_without_attention_heads_change_nothing() -> None:
     "name", ["swin_t", "swin_v2_t", pytest.param("vit_b_16", marks=pytest.mark.slow)]
 )
 def test_transformers_of_torchvision(name: str) -> None:
-    """Windows, tables of relative positions, a learned scale per head, a network that computes
-    biases per head.
+    """Half of the heads are removed from every attention layer of torchvision's transformers.
+
+    They have windows, tables of relative positions, a learned scale per head, and a network that
+    computes biases per head.
     """
     size = 224 if name.startswith("vit") else 64
     model = torchvision.models.get_model(name, weights=None).eval()
@@ -221,8 +224,9 @@ def test_transformers_of_torchvision(name: str) -> None:
 
 
 def test_one_dimension_of_a_shared_head() -> None:
-    """Where a head of keys is repeated for its queries and one dimension of it is left, there is
-    nothing to put in order.
+    """A key head that is repeated for several query heads may keep a single dimension.
+
+    Then its dimensions have no order that could go wrong, and nothing is pinned.
     """
 
     class Shared(nn.Module):

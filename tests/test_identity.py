@@ -1,4 +1,4 @@
-"""Tables keyed by tensors."""
+"""Dictionaries that compare their keys, here tensors, by identity."""
 
 import gc
 import weakref

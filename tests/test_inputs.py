@@ -1,4 +1,4 @@
-"""Example inputs in all their forms."""
+"""Example inputs: tensors, nested containers, constants and other objects."""
 
 import re
 from typing import Any
@@ -74,15 +74,15 @@ def test_calls() -> None:
     x = torch.zeros(1)
     assert as_call(x) == ((x,), {})
     assert as_call((x, 2)) == ((x, 2), {})
-    assert as_call([x, 2]) == (([x, 2],), {})  # a list is one argument that is a list
+    assert as_call([x, 2]) == (([x, 2],), {})  # a list is a single argument
     assert as_call({"x": x}) == ((), {"x": x})
 
 
-# -- what a call holds beside tensors
+# -- what a call contains besides tensors
 
 
 class Takes(nn.Module):
-    """Everything that a call may hold."""
+    """A model that is called with nested tensors, a number, a mask, a text and a switch."""
 
     def __init__(self, python: bool) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def test_constants_of_a_call_are_held(python: bool) -> None:
     assert replayed.plan == pruned.plan
     assert torch.equal(replayed.model(**CALL)["y"], pruned.model(**CALL)["y"])
     for name, change in OTHERS.items():
-        if python:  # its Python does what it does
+        if python:  # Python between parts handles every value
             assert pruned.model(**{**CALL, **change})["y"].shape == (2, 3)
         else:
             with pytest.raises(AssertionError, match=re.escape(name)):
@@ -194,7 +194,7 @@ def test_shapes_keep_dtypes_and_constants() -> None:
 
 
 def test_objects_in_a_call_stay_as_they_are() -> None:
-    """A cache, say, in which forward keeps what it has computed."""
+    """Pruning does not change objects in a call, for example a cache that forward fills."""
 
     class Cache:
         def __init__(self) -> None:
@@ -284,7 +284,7 @@ def test_a_forward_without_self() -> None:
         fxprune.analyze(static, (X, X, X))
 
 
-# of a deep copy of it in older versions of torch
+# older versions of torch warn when an exported module is copied
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_exported_module_is_refused() -> None:
     exported = torch.export.export(nn.Sequential(nn.Linear(4, 16)).double(), (X,)).module()

@@ -1,4 +1,4 @@
-"""The second judge: what it draws is varied and runs, and what is wrong it calls wrong."""
+"""The judge of drawn networks: its networks are varied and run, and it finds wrong models."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from tests.judge.verdict import Verdict, judge, leaves, run
 
 
 def test_a_seed_gives_one_network() -> None:
-    """The same seed draws the same spec, the spec prints as it reads, and its source is always the
-    same.
-    """
+    """A seed always draws the same spec with the same source, and the spec can be parsed again."""
     for seed in range(60):
         spec = draw(seed)
         assert spec == draw(seed) == Spec.parse(str(spec))
@@ -40,16 +38,14 @@ def test_a_seed_gives_one_network() -> None:
     ],
 )
 def test_what_is_no_spec_is_said(text: str) -> None:
-    """A spec that was cut short is no network."""
+    """A text that is not a complete spec is refused."""
     with pytest.raises(ValueError, match="is no spec"):
         Spec.parse(text)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_block_is_drawn_and_nearly_every_network_runs() -> None:
-    """All kinds of blocks occur, and the networks compute something finite before anything is
-    pruned.
-    """
+    """Every kind of block occurs, and at least 96 of 100 networks run before pruning."""
     kinds: collections.Counter[str] = collections.Counter()
 
     def count(items: tuple[Item, ...]) -> None:
@@ -134,9 +130,7 @@ def test_what_was_wrong_once_is_right(name: str) -> None:
 
 
 def test_blocks_can_be_dropped() -> None:
-    """Dropping any block leaves a network that is written, with the choices of the others as they
-    were.
-    """
+    """A spec without any one of its blocks is still a network with source."""
     spec = Spec.parse(
         "tokens:2 layer:1 residual:4(norm:8 activation:1) attention:5 pooled:3 norm:2 classify:9 "
         "half:2"
@@ -148,13 +142,13 @@ def test_blocks_can_be_dropped() -> None:
 
 
 def _changed(model: nn.Module) -> None:
-    """One weight is another."""
+    """Scale one weight tensor by 1.001."""
     with torch.no_grad():
         next(p for p in model.parameters() if p.dim() > 1).mul_(1.001)
 
 
 def _in_training(model: nn.Module) -> None:
-    """A norm forgets how fast it learns."""
+    """Change the momentum of a norm."""
     next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).momentum = 0.9
 
 
@@ -169,7 +163,7 @@ def _frozen(model: nn.Module) -> None:
 def test_a_wrong_model_is_called_wrong(
     spoil: Callable[[nn.Module], None], setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pruner that makes a mistake is found out, in the setting in which it shows."""
+    """The judge finds a pruner's mistake, in the setting in which the mistake matters."""
     specs = (
         Spec.parse(f"image:3 layer:1 norm:{n} activation:4 classify:9 half:2") for n in range(1000)
     )
@@ -188,8 +182,10 @@ def test_a_wrong_model_is_called_wrong(
 
 
 def test_an_input_that_the_original_refuses_is_none() -> None:
-    """A norm over groups of one value refuses a batch of one by itself, which the masked
-    original's own statistics would not.
+    """An input that the original refuses is not compared.
+
+    A norm over groups of one value refuses a batch of one. The masked original, with its own
+    statistics over survivors, would accept it.
     """
     assert (
         "nn.GroupNorm(4, 4)"
@@ -199,7 +195,7 @@ def test_an_input_that_the_original_refuses_is_none() -> None:
 
 
 def test_a_failure_is_shrunk_to_its_cause() -> None:
-    """Blocks that have no part in a failure go."""
+    """Shrinking removes the blocks that do not contribute to a failure."""
 
     def fails_with_norm(spec: Spec) -> Verdict:
         return Verdict(
@@ -212,7 +208,7 @@ def test_a_failure_is_shrunk_to_its_cause() -> None:
 
 @pytest.mark.long
 def test_a_campaign_counts_what_came_of_each_network() -> None:
-    """Each seed is judged once; the summary says how many, and how."""
+    """A campaign judges each seed once, and its summary counts the outcomes."""
     summary = Summary("a command")
     for verdict in campaign(range(3)):
         summary.add(verdict)
@@ -223,8 +219,9 @@ def test_a_campaign_counts_what_came_of_each_network() -> None:
 
 
 def _judged(seeds: range) -> collections.Counter[str]:
-    """How many of these seeds' networks had which outcome; fails for one that is wrong, with the
-    command that shows it.
+    """Return the number of networks of each outcome.
+
+    Fail if a network is wrong, with the command that reproduces it.
     """
     outcomes: collections.Counter[str] = collections.Counter()
     for seed in seeds:
@@ -238,8 +235,9 @@ def _judged(seeds: range) -> collections.Counter[str]:
 
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_drawn_networks_equal_their_masked_originals(first: int) -> None:
-    """At the example, at other batches and sizes, in training, after save and load, deployed; most
-    of them get smaller.
+    """Pruned networks equal their masked originals in every setting, and most get smaller.
+
+    The settings are the example, other batches and sizes, training, save and load, and deployment.
     """
     assert _judged(range(first, first + 10))["right"] >= 7
 
@@ -247,7 +245,8 @@ def test_drawn_networks_equal_their_masked_originals(first: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(1000, 3000, 100))
 def test_two_thousand_drawn_networks_equal_their_masked_originals(first: int) -> None:
-    """The same for more of them; ``python -m tests.judge --count 20000`` draws as many as one
-    likes.
+    """The same holds for more networks.
+
+    ``python -m tests.judge --count 20000`` draws any number of them.
     """
     assert _judged(range(first, first + 100))["right"] >= 85

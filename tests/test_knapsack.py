@@ -1,4 +1,4 @@
-"""The knapsack against all combinations."""
+"""The knapsack solver, compared with a search over all combinations."""
 
 import itertools
 
@@ -29,8 +29,8 @@ def test_no_combination_that_fits_is_worth_more(
         return
     taken = [own[option] for own, option in zip(options, chosen, strict=True)]
     assert sum(price for _, price in taken) <= capacity
-    # Costs are rounded up to 1/4000 of what is spare, so that at most so much of it per class is
-    # not used.
+    # Costs are rounded up to 1/4000 of the spare capacity, so at most that much of it per class
+    # stays unused.
     spare = capacity - sum(min(price for _, price in own) for own in options)
     surely = [
         own

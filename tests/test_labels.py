@@ -1,4 +1,4 @@
-"""Labels against the plainest programs that do the same."""
+"""Labels, compared with the simplest programs that compute the same."""
 
 import itertools
 from typing import Any
@@ -18,7 +18,7 @@ steps = st.lists(st.one_of(unites, pins), max_size=12)
 
 
 class Naive:
-    """Units as a list of sets; label 0 is the set of all that is pinned."""
+    """Units as a list of sets; the set with label 0 contains all pinned labels."""
 
     def __init__(self) -> None:
         self.sets = [{label} for label in range(COUNT + 1)]
@@ -119,7 +119,7 @@ def test_fresh_labels_are_new_and_know_their_owner(sizes: list[int]) -> None:
 
 @st.composite
 def labelled(draw: Any) -> Any:
-    """An array that may be constant, or a view with stride 0, along some dimensions."""
+    """Draw an array that may be constant, or have stride 0, along some dimensions."""
     shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     own = [draw(st.sampled_from([n, n, 1])) for n in shape]
     labels = np.array(
@@ -152,7 +152,7 @@ def test_fields_vary_along_their_dims(labels: Any) -> None:
 
 @st.composite
 def reshapes(draw: Any) -> tuple[list[int], list[int]]:
-    """Two shapes of as many elements."""
+    """Draw two shapes with the same number of elements."""
     factors = draw(st.lists(st.sampled_from([1, 2, 2, 3, 5]), max_size=6))
 
     def grouped() -> list[int]:

@@ -1,4 +1,4 @@
-"""Measuring: settings that cannot be had are refused, what is measured is what was asked for."""
+"""Latency measurements: impossible settings are refused, and models run as the setting says."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ QUICK = {"rounds": 2, "seconds": 0.005}
 
 
 class Recording(nn.Module):
-    """Notes the inputs that it is called with; copies share the notes."""
+    """A convolution that records how it is called; its copies share the record."""
 
     def __init__(self, seen: list[Any]) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def test_runs_take_turns() -> None:
     found = time_in_turns(runs, rounds=4, seconds=1e-9, warm_up=1)
     assert {timing.count for timing in found.values()} == {4}
     turns = [name for name, _ in itertools.groupby(order)]
-    # behind the warm-up; in a turn, calls that do not count come first
+    # after the warm-up; each turn begins with calls that are not timed
     assert "".join(turns[3:]) == "abc" + "bca" + "cab" + "abc"
 
 
@@ -186,8 +186,9 @@ def test_inputs_by_name_and_compiled() -> None:
 
 
 def test_every_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten models of one class: torch compiles the code of a class eight times, and then runs it as
-    it is.
+    """All of ten models of one class are compiled.
+
+    By default torch compiles the same code at most eight times, and then runs it uncompiled.
     """
 
     class Wide(nn.Module):
@@ -221,8 +222,9 @@ def test_every_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OnAGpu:
-    """Stands in for a GPU: what was done, in order, and a clock that every call moves by a
-    millisecond.
+    """A fake GPU that logs what is done, in order.
+
+    Its clock advances by a millisecond with every call.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:

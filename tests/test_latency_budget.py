@@ -1,5 +1,6 @@
-"""A latency budget: what is forecast, chosen, measured and corrected. Clocks are put in that tell
-what can be known.
+"""Latency budgets: the forecast, the choice of units, the measurements and the corrections.
+
+Most tests replace the clock by a function with known results.
 """
 
 import contextlib
@@ -42,10 +43,10 @@ needs_gpu = pytest.mark.skipif(
 
 
 class Work(Table):
-    """A clock that takes a millisecond for each thousand multiply-accumulates, and for nothing
-    else; it never reads the real one.
+    """A table of times that are one millisecond per thousand multiply-accumulates.
 
-    ``dislikes`` says of a description how much longer it takes.
+    It never reads a real clock. ``dislikes`` returns for a description the factor by which the
+    operation is slower.
     """
 
     def __init__(self, dislikes: Callable[[str], float] = lambda description: 1.0) -> None:
@@ -80,9 +81,7 @@ def counts_of(coupling: Coupling, forecast: Forecast, kept: dict[str, tuple[int,
 
 
 class Net(nn.Module):
-    """A residual stream, grouped and depthwise convolutions, a transposed one and a linear
-    layer.
-    """
+    """A residual network with grouped, depthwise and transposed convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +155,7 @@ def test_where_tables_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     table = Table(CPU)
     table.ms("a", lambda: lambda: None)
     (tmp_path / "own").write_text("a file where the folder should be")
-    table.save()  # it is done without
+    table.save()  # no error: the table stays in memory
 
 
 # ------------------------------------------------------------------------------------- the surface
@@ -202,8 +201,9 @@ def test_a_grid_ends_at_the_full_width(full: int, axes: int) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_forecast_by_work_is_the_work(case: Case) -> None:
-    """Every contraction of the deployed model is found, once, and at other widths it is what the
-    smaller model runs.
+    """The forecast counts every contraction once, at full and at smaller widths.
+
+    The table's times are proportional to work, so the forecast must equal the model's MACs.
     """
     torch.manual_seed(0)
     model, example = case.build(case.width).eval(), case.inputs(2)
@@ -214,7 +214,8 @@ def test_a_forecast_by_work_is_the_work(case: Case) -> None:
     assert forecast.at(forecast.full) == pytest.approx(1e3 * macs.at(forecast.full), rel=1e-6)
     half = select(coupling, rank("l2", coupling, model), Budget(channels=0.5))
     counts = counts_of(coupling, forecast, half)
-    # Between the points of the grid a square (a layer from a stream to itself) is not straight.
+    # A layer from a stream to itself costs the square of a width, which interpolation between the
+    # points of the grid does not meet exactly.
     assert forecast.at(counts) == pytest.approx(1e3 * macs.at(counts), rel=0.1)
 
 
@@ -239,16 +240,14 @@ def test_a_fit_meets_the_dense_model_and_comes_near_the_others() -> None:
     forecast.fit(known)
     for counts, ms in known:
         assert forecast.at(counts) == pytest.approx(1e6 * ms, rel=1e-6)
-    # slower with half of the work: no weight may be negative for that
+    # slower with half of the work: even then no weight may be negative
     forecast.fit([(forecast.full, 7.0), (half, 9.0)])
     assert forecast.at(forecast.full) == pytest.approx(7e6, rel=1e-6)
     assert min(forecast._factors) >= 0
 
 
 def test_widths_land_on_the_steps_that_the_device_likes() -> None:
-    """A device for which a convolution takes twice as long where a width is not a multiple of
-    8.
-    """
+    """Widths become multiples of 8 on a device where other widths take twice as long."""
 
     def dislikes(description: str) -> float:
         if "weight=" not in description:
@@ -312,7 +311,7 @@ def test_exchanges_keep_more_within_the_same_time(share: float) -> None:
         )
 
     exchanged = select(coupling, ranking, Budget(latency=share), forecast)
-    # the table counts MACs; without a latency nothing is traded
+    # the table counts MACs, so this budget is the same; without a latency nothing is exchanged
     greedy = select(coupling, ranking, Budget(macs=share), forecast)
     limit = share * forecast.at(forecast.full)
     assert forecast.at(counts_of(coupling, forecast, exchanged)) <= limit
@@ -341,8 +340,9 @@ def test_all_of_several_budgets_hold() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[int], float]]:
-    """Measured times are a function of a model's multiply-accumulates; put another one in to
-    change it.
+    """Replace measured times by a function of a model's multiply-accumulates.
+
+    The function is the only element of the list; a test can replace it.
     """
     law: list[Callable[[int], float]] = [lambda macs: 1e-3 * macs]
 
@@ -375,8 +375,10 @@ def test_a_latency_budget_is_met(clock: list[Callable[[int], float]]) -> None:
 
 
 def test_the_aim_is_corrected_by_what_is_measured(clock: list[Callable[[int], float]]) -> None:
-    """A device on which small models gain little: neither a share of the work nor a constant on
-    top describes it.
+    """Measurements correct the target when the forecast does not describe the device.
+
+    Here small models gain little: the time is neither proportional to the work nor that plus a
+    constant.
     """
     clock[0] = lambda macs: macs**0.6
     torch.manual_seed(0)
@@ -392,7 +394,7 @@ def test_what_cannot_be_reached(clock: list[Callable[[int], float]]) -> None:
         match=r"latency=0.0001 cannot be reached: the smallest model .* has latency=0\.\d+",
     ):
         fxprune.prune(Net().eval(), EXAMPLE, latency=0.0001, device="cpu")
-    clock[0] = lambda macs: 1000.0 + macs / 1e9  # whatever is removed, it stays as slow
+    clock[0] = lambda macs: 1000.0 + macs / 1e9  # removing channels makes it no faster
     with pytest.raises(BudgetError, match="latency"):
         fxprune.prune(Net().eval(), EXAMPLE, latency=0.5, device="cpu")
 
@@ -401,7 +403,7 @@ def test_nothing_slower_than_the_dense_model_is_chosen(
     clock: list[Callable[[int], float]],
 ) -> None:
     dense = cost_of(Net(), EXAMPLE).macs
-    clock[0] = lambda macs: 1.0 if macs == dense else 2.0  # all that is pruned is slower
+    clock[0] = lambda macs: 1.0 if macs == dense else 2.0  # every pruned model is slower
     kept = fxprune.prune(Net().eval(), EXAMPLE, latency=1.0, device="cpu")
     assert all(row.kept == row.total for row in kept.report.groups)
     with pytest.raises(BudgetError, match=r"latency=0.9 "):
@@ -411,8 +413,9 @@ def test_nothing_slower_than_the_dense_model_is_chosen(
 def test_the_smallest_model_may_be_forecast_to_be_the_slowest(
     clock: list[Callable[[int], float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of small layers, measured, the narrow ones can take longer: a budget that the dense model
-    keeps is kept all the same.
+    """A budget that the dense model meets is met even if narrower models are slower.
+
+    Measured times of small layers can be longer for narrower ones.
     """
     monkeypatch.setattr(
         Forecast, "at", lambda self, counts: 1000 + int((self.full - counts).sum())
@@ -424,8 +427,10 @@ def test_the_smallest_model_may_be_forecast_to_be_the_slowest(
 
 
 def test_what_the_readme_says(clock: list[Callable[[int], float]]) -> None:
-    """Its other examples run as they stand; this one on a clock that does not depend on what else
-    the machine does.
+    """The README's latency example runs and meets its budget.
+
+    It runs on a fake clock, which does not depend on what else the machine does. The other
+    examples of the README run unchanged, in test_readme.py.
     """
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     blocks = text.split("```py\n")[1:]
@@ -483,15 +488,17 @@ def test_a_model_that_writes_into_a_buffer(
             return self.last(self.first(x) * self.state)
 
     model = Decays().eval()
-    with contextlib.suppress(BudgetError):  # measured times decide whether there is one
+    with contextlib.suppress(BudgetError):  # measured times decide whether it is raised
         fxprune.prune(model, torch.randn(1, 3, 8, 8), latency=0.9, device="cpu")
     assert float(model.state) == 1.0
 
 
 @pytest.mark.slow  # half a minute of measuring
 def test_with_the_real_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is asserted about times, which whatever else runs here may spoil, to the point that
-    the budget is refused.
+    """The search works with the real clock.
+
+    Other load on the machine changes the times, so the test does not say how fast the result is,
+    and accepts that the budget is not reached.
     """
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
     net = nn.Sequential(

@@ -1,4 +1,4 @@
-"""What forward looks up by a size: in tables that it has, and in tables that it fills."""
+"""Lookups by a size in forward: in tables that exist, and in tables that forward fills."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEEN: set[int] = set()
 
 
 class Looks(nn.Module):
-    """Two convolutions, and in between a function of the first one's output."""
+    """Two convolutions with a function between them."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def how_many_sizes(x: Tensor) -> Tensor:
 
 
 def beside_a_table(x: Tensor) -> Tensor:
-    """The same number leads into both."""
+    """Look up the same size in a table that forward fills and in a set that exists."""
     size = x.shape[-1]
     if size not in TABLE:
         TABLE[size] = torch.arange(size) / size
@@ -92,7 +92,7 @@ MISSES = [
 
 
 def taken(function: Callable[[Tensor], Tensor], training: bool = False) -> list[int]:
-    """The sizes that the pruned model takes; it does then what the original does."""
+    """Return the sizes that the pruned model accepts; for these it must equal the original."""
     model = Looks(function).train(training)
     whole = fxprune.prune(model, torch.randn(2, 3, 9, 8), channels=1.0, verify=True).model
     assert isinstance(whole, torch.fx.GraphModule)
@@ -112,6 +112,7 @@ def taken(function: Callable[[Tensor], Tensor], training: bool = False) -> list[
 def test_what_is_not_there_may_be_there_for_another_size(
     function: Callable[[Tensor], Tensor],
 ) -> None:
+    """A lookup that finds nothing at the traced size holds for this size only."""
     assert taken(function) == [8]
 
 
@@ -140,7 +141,7 @@ def remembered(x: Tensor) -> Tensor:
 
 
 def in_one_set(x: Tensor) -> Tensor:
-    """All shapes are alike: the set has one entry, whatever the size."""
+    """Put equal shapes into a set, which has one entry at every size."""
     shapes = {own.shape for own in (x, x * 2, x + 1)}
     assert len(shapes) == 1
     return x.relu()
@@ -165,7 +166,7 @@ KEPT = types.SimpleNamespace(size=0, table=torch.zeros(0))
 
 
 def beside_its_size(x: Tensor) -> Tensor:
-    """The size is a plain number, which tracing could leave there without the table."""
+    """Keep a table beside its size, a number that tracing could leave behind without the table."""
     size = int(x.shape[-1])
     if KEPT.size != size:
         KEPT.size, KEPT.table = size, torch.arange(size, dtype=x.dtype) / size
@@ -182,7 +183,7 @@ def test_a_table_is_left_as_it_was_with_what_belongs_to_it() -> None:
 
 
 class Remembers:
-    """An object beside the model, with a table and its size."""
+    """An object outside the model that keeps a table and its size."""
 
     def __init__(self) -> None:
         self.size, self.table = 0, torch.zeros(0)
@@ -234,8 +235,9 @@ def _anew() -> None:
 def test_a_table_outside_is_computed_whenever_the_model_was_called(
     function: Callable[[Tensor], Tensor],
 ) -> None:
-    """Before pruning, between pruning and the proof, or never: the graph is the same one, for
-    every size.
+    """The graph is the same, and right at every size, whenever the model was called before.
+
+    The model is called before pruning, between pruning and verification, or never.
     """
     model, x = Looks(function).double(), torch.randn(2, 3, 9, 8, dtype=torch.float64)
     before = fxprune.prune(model, x, channels=0.5)
@@ -254,7 +256,7 @@ def test_a_table_outside_is_computed_whenever_the_model_was_called(
 
 
 def test_a_table_that_somebody_changed_is_a_constant() -> None:
-    """It is not what forward would compute, and holds for its size alone."""
+    """A changed table is not what forward would compute, so it holds for its size only."""
     model, x = Looks(into_a_table), torch.randn(2, 3, 9, 8)
     model(x)
     TABLE[8] = TABLE[8] + 1
@@ -267,8 +269,10 @@ def test_a_table_that_somebody_changed_is_a_constant() -> None:
 
 @pytest.mark.filterwarnings("ignore:channels=0.5 was asked for")
 def test_what_python_does_on_other_ways_is_taken_back() -> None:
-    """Questions about values are answered otherwise, too: what the model keeps there is none of
-    the user's.
+    """What forward stores on a branch that is only explored is removed again.
+
+    Pruning follows both answers to a question about values. The user's objects must not change on
+    the branch that a real call does not take.
     """
 
     class Asks(Looks):

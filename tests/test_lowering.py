@@ -15,7 +15,7 @@ WIDTH, HEADS, BATCH, TOKENS, SOURCE = 8, 2, 3, 5, 4
 
 
 def pair(**options: Any) -> tuple[nn.MultiheadAttention, PlainAttention]:
-    """A randomised attention and what it is lowered to."""
+    """Return a randomised attention module and its lowered form."""
     module = randomise(nn.MultiheadAttention(WIDTH, HEADS, **options)).eval()
     plain = lower(copy.deepcopy(module))
     assert isinstance(module, nn.MultiheadAttention)
@@ -28,7 +28,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def inputs(module: nn.MultiheadAttention, batched: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of unlike lengths, as the module's options ask for."""
+    """Return query, key and value of different lengths, as the module's options require."""
 
     def lay(length: int, width: int) -> Tensor:
         x = draw(BATCH, length, width)
@@ -85,7 +85,7 @@ def mask(kind: str, *shape: int) -> Tensor:
     if kind == "float":
         return draw(*shape)
     hidden = torch.rand(shape) < 0.4
-    hidden[..., 0] = False  # a row of which all is hidden is NaN
+    hidden[..., 0] = False  # a row with everything hidden is NaN
     return hidden
 
 
@@ -170,6 +170,6 @@ def test_a_module_under_two_names_stays_one() -> None:
 
 
 def test_a_subclass_is_left_alone() -> None:
-    """Its forward is its own."""
+    """A subclass may have its own forward."""
     kind = type("Mine", (nn.MultiheadAttention,), {})
     assert type(lower(nn.Sequential(kind(WIDTH, HEADS)))[0]) is kind

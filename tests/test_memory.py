@@ -1,5 +1,6 @@
-"""What writes, and what shares memory: said by names and schemas, and held against what torch
-does.
+"""Which calls write, and which results share memory with an argument.
+
+Names and schemas say so; the answers are compared with what torch does.
 """
 
 import operator
@@ -21,7 +22,7 @@ from fxprune.trace.aliasing import (
 
 
 def call(target: Any, *args: Any, **kwargs: Any) -> tuple[fx.Node, fx.Node]:
-    """An input, and a call of a function or (by its name) of a method on it."""
+    """Return an input node, and a call of a function or of a named method on it."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     make = graph.call_method if isinstance(target, str) else graph.call_function
@@ -62,7 +63,7 @@ def test_what_is_written_is_the_first_argument_or_out() -> None:
     x, y = graph.placeholder("x"), graph.placeholder("y")
     assert list(written_arguments(graph.call_function(operator.iadd, (x, y)))) == [x]
     assert set(written_arguments(graph.call_function(torch.add, (x, y), {"out": y}))) == {x, y}
-    # nobody says what it does
+    # nothing is known about this function
     assert set(written_arguments(graph.call_function(call, (x, y), {"inplace": True}))) == {x, y}
 
 
@@ -117,8 +118,9 @@ _VALUES: dict[str, Any] = {"int": 1, "float": 0.5, "bool": False, "number": 1, "
 
 
 def results(operation: Any, x: torch.Tensor) -> list[Any]:
-    """What an operation gives for one tensor and made-up numbers; nothing if it does not take
-    them.
+    """Return an operation's results for one tensor and made-up numbers.
+
+    Return an empty list if the operation does not accept them.
     """
     first, *rest = operation._schema.arguments or [None]
     kinds = [str(argument.type) for argument in rest if not argument.has_default_value()]
@@ -141,14 +143,14 @@ def is_memory_of(result: Any, x: torch.Tensor) -> bool:
         return False
     try:
         return result.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    except NotImplementedError:  # a tensor of a library, without storage
+    except NotImplementedError:  # a library's own tensor, which has no storage
         return False
 
 
-# deprecated and experimental operations are tried as well, and say so once per process
+# deprecated and experimental operations are tried, too, and warn once per process
 @pytest.mark.filterwarnings("ignore")
 def test_schemas_can_be_believed() -> None:
-    """No operation that is said to make new memory gives back its argument's."""
+    """No operation that is known to make new memory returns the memory of its argument."""
     silent, tried = set(), 0
     known = {
         name.removeprefix("aten::").partition(".")[0]
@@ -174,7 +176,7 @@ def test_schemas_can_be_believed() -> None:
 
 
 def test_must_stay_view() -> None:
-    """Writing matters through or behind a view, if the other is read afterwards."""
+    """A write to a tensor or to its view matters if the other one is read afterwards."""
 
     def answer(write_view: bool, read_view: bool, order: str) -> bool:
         graph = fx.Graph()

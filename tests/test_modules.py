@@ -1,6 +1,4 @@
-"""Any module: every construct of the zoo is pruned exactly, and to what is left of it at half its
-width.
-"""
+"""Every network of the zoo is pruned exactly, and to the size that it has at half its width."""
 
 import pytest
 import torch
@@ -27,7 +25,11 @@ def test_half_the_channels(case: Case) -> None:
 
 @in_turn("channels", 0.3, 0.8)
 def test_other_shares(case: Case, channels: float) -> None:
-    """Widths that divide nothing. Less must go than at the half only where more is kept."""
+    """Shares that give odd widths are exact, too.
+
+    A share below one half must remove about as much as one half does, a larger one must remove
+    something.
+    """
     torch.manual_seed(1)
     at_most = case.bound() + 0.01 if channels < 0.5 else 0.97
     check_exact(
@@ -41,7 +43,7 @@ def test_other_shares(case: Case, channels: float) -> None:
 
 @parametrised
 def test_the_zoo_itself(case: Case) -> None:
-    """The networks run at any batch size, and their bounds mean something."""
+    """The networks run at any batch size, and their bounds are neither too low nor too high."""
     model = case.build(case.width).eval()
     for batch in (1, 2, 5):
         outputs = tensors(call(model, case.inputs(batch)))

@@ -1,8 +1,8 @@
-"""Numbers that forward computes from sizes: at every size the original's, or the graph says that
-it was pruned for another.
+"""Numbers that forward computes from sizes.
 
-A spec is two texts: an expression of the sizes of ``h``, and what is done with it. A failure
-prints both: paste them into ``judge``.
+At every size, the pruned model uses the original's number, or says that it was pruned for another
+size. A spec is two texts: an expression of the sizes of ``h``, and an expression of ``h`` and the
+resulting number ``n``. A failure prints both; paste them into ``judge``.
 """
 
 import math
@@ -23,12 +23,13 @@ from tests.support.checking import masked, randomise, relative_error
 
 KNOWN = {"math": math, "torch": torch, "F": F, "operator": operator, "Tensor": Tensor}
 SIZES = [(2, 3, 8, 6), (3, 3, 8, 6), (1, 3, 4, 9), (2, 3, 12, 12), (5, 3, 6, 8)]
-"""Sizes of the image; the first is the example's."""
+"""Sizes of the image. The first one is the example's."""
 
 
 class Counting(nn.Module):
-    """Two convolutions, and between them something that is done with ``n``, an expression of the
-    sizes of ``h``.
+    """Convolutions with an expression of ``h`` and ``n`` between them.
+
+    ``h`` is the output of the first convolution, and ``n`` is a number computed from its sizes.
     """
 
     def __init__(self, number: str, use: str) -> None:
@@ -51,7 +52,7 @@ class Counting(nn.Module):
 
 
 def runs(model: nn.Module, x: Tensor) -> Any:
-    """What a model gives; None where it refuses the size."""
+    """Return a model's output, or None if the model refuses the size."""
     try:
         with torch.no_grad():
             return model(x)
@@ -60,8 +61,11 @@ def runs(model: nn.Module, x: Tensor) -> Any:
 
 
 def judge(number: str, use: str, left: float = 0.8, kind: Any = Counting) -> list[bool]:
-    """For each size that the original takes whether the pruned model takes it: then it gives what
-    the masked original gives.
+    """Prune a model, and compare it with its masked original at every size.
+
+    Return whether the pruned model accepts each size, for the sizes that the original accepts.
+    Where it does, its output must equal the masked original's. ``left`` is the largest share of
+    parameters that may be left.
     """
     torch.manual_seed(0)
     model = randomise(kind(number, use).eval())
@@ -100,7 +104,7 @@ READ = [
     "h[:, :, 0].shape[1]",
     "len(h[0])",
 ]
-"""How a width is read."""
+"""Expressions that read a width."""
 
 MIXED = [
     *(
@@ -156,7 +160,7 @@ MIXED = [
         "h.nbytes",
     ),
 ]
-"""Numbers that mix it with a batch or a resolution, and follow both."""
+"""Numbers that combine a width with a batch size or a resolution, and follow both."""
 
 HELD = [
     "int(h.shape[1] * h.shape[2] / 3)",
@@ -167,7 +171,7 @@ HELD = [
     "math.log(h.shape[1] * h.shape[2])",
     "math.sqrt(h[0].numel())",
 ]
-"""Numbers that Python takes for the example, and holds the graph to."""
+"""Numbers that Python computes once, for the example; the graph is valid only for these."""
 
 USES = [
     *(
@@ -244,7 +248,7 @@ AS_SIZES = {
         "h.reshape(h.shape[0], -1, n, h.shape[3]) / n",
     ),
 }
-"""Numbers that are sizes too: as such they follow the smaller model."""
+"""Numbers that are also used as sizes. As sizes they follow the smaller model."""
 
 AT_POSITIONS = {
     "split": (
@@ -277,8 +281,9 @@ AT_POSITIONS = {
         "None]",
     ),
 }
-"""Positions on an axis on which a width is laid out with a resolution: right at the example's
-size, refused at others.
+"""Positions on an axis that combines a width with a resolution.
+
+The pruned model is right at the example's size, and may refuse others.
 """
 
 
@@ -348,7 +353,7 @@ def test_positions_on_a_mixed_axis(case: str) -> None:
 
 @pytest.mark.parametrize("use", ["h * n[0]", "h.as_strided(h.size(), n)"])
 def test_how_axes_lie_in_memory(use: str) -> None:
-    """What is asked for of a tensor whose channels lie last is held to what it is there."""
+    """The strides of a channels-last tensor are right at the example's size."""
     assert judge(
         "h.stride()",
         f"(lambda h, n: {use})(m := h.movedim(1, -1).contiguous().movedim(-1, 1), m.stride())",
@@ -357,7 +362,7 @@ def test_how_axes_lie_in_memory(use: str) -> None:
 
 
 class Hooked(Counting):
-    """What is done with the number is Python between parts, because of a hook."""
+    """A model that uses the number in Python between parts, because of a hook."""
 
     def __init__(self, number: str, use: str) -> None:
         super().__init__(number, use)
@@ -366,7 +371,7 @@ class Hooked(Counting):
 
 @pytest.mark.parametrize("case", ["step", "rows", "rows of each", "unflattened rows"])
 def test_positions_on_a_mixed_axis_in_python(case: str) -> None:
-    """Python between parts sees the width that was: right at every size."""
+    """Python between parts sees the original's width, so the result is right at every size."""
     assert all(judge(*AT_POSITIONS[case], kind=Hooked))
 
 
@@ -396,7 +401,7 @@ def test_a_guard_on_widths_alone_is_dropped() -> None:
 
 
 class Equalised(nn.Module):
-    """A parametrisation: the weight over the root of its fan."""
+    """A parametrisation that divides a weight by the square root of its fan-in."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight / weight[0].numel() ** 0.5
@@ -411,7 +416,7 @@ def test_numbers_in_a_parametrisation() -> None:
 
 
 class InModes(Counting):
-    """A branch of its own for training, which divides by one more."""
+    """A model with a separate branch for training, which divides by ``n + 1``."""
 
     def forward(self, x: Tensor) -> Any:
         h = self.a(x).relu()
@@ -430,7 +435,7 @@ def test_numbers_in_both_modes() -> None:
 
 
 class InPython(Counting):
-    """What is done with the number is Python between parts: the model decides by values."""
+    """A model that uses the number in Python between parts, because it branches on values."""
 
     def forward(self, x: Tensor) -> Any:
         h = self.a(x)

@@ -1,5 +1,6 @@
-"""Every operation that models execute has a rule, is made of operations that have one, or makes
-its result of no tensor.
+"""Every operation that models execute has a rule, or consists of such operations.
+
+The only exceptions are operations that take no tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ WITHOUT_RULE = {
     "arange": "numbers in a row, of no tensor",
     "scalar_tensor": "one number",
 }
-"""Operations that models execute and that have no rule: none of them takes a tensor."""
+"""Operations that models execute and that have no rule. None of them takes a tensor."""
 
 SIZES = (1, 3, 64, 64)
 TIMM = (
@@ -42,7 +43,7 @@ TIMM = (
 
 
 def without_rule(model: nn.Module, example_inputs: Any) -> set[str]:
-    """The names of the operations without a rule that a model executes."""
+    """Return the names of the operations without a rule that a model executes."""
     ran = fxprune.analyze(model, example_inputs).context.found.ran
     funcs = {func for calls in ran.values() for func, _, _ in calls}
     return {name_of_op(func) for func in funcs if find_row(func) is None}
@@ -98,7 +99,10 @@ def test_no_operation_has_two_rows_and_traits_are_of_some() -> None:
 
 
 def test_sizes_are_told_by_the_schema() -> None:
-    """A width that Python has read off a tensor may be among them: nothing else may be told."""
+    """Schemas tell which operations take the sizes of their result, and name no others.
+
+    Among these sizes may be a width that Python has read from a tensor.
+    """
     told = [name for name in OPS if takes_sizes(name)]
     assert {"view", "reshape", "expand", "repeat", "zeros", "new_zeros", "unflatten"} <= {*told}
     assert not {"split", "narrow", "as_strided", "pad", "roll", "permute", "slice"} & {*told}

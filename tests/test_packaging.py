@@ -1,4 +1,4 @@
-"""What is installed with fxprune, and what fxprune does without the rest."""
+"""The packages that fxprune requires, and what it does without the optional ones."""
 
 import importlib.metadata
 import os
@@ -33,7 +33,7 @@ main()
 def without(
     packages: tuple[str, ...], program: str, folder: Path
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own that cannot import the packages."""
+    """Run a program in a new process that cannot import the packages."""
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(

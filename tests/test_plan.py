@@ -1,4 +1,4 @@
-"""Plans as text, and the architectures they belong to."""
+"""Plans: their text, the inputs that they store, their architectures and their chains."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ def plans(draw: Any) -> Plan:
                 )
             )
         keep = tuple(draw(st.lists(words)))
-        # behind it stands an axis, a number
+        # an @ is followed by the number of an axis
         pinned = tuple(draw(st.lists(words.filter(lambda word: "@" not in word))))
         plan = Plan(
             tuple(groups),
@@ -101,7 +101,7 @@ def test_another_schema(schema: Any) -> None:
 
 
 def test_a_file_of_schema_1_still_loads() -> None:
-    """As the first version wrote it, before plans knew what came before them."""
+    """The first version wrote plans like this, before a plan contained earlier plans."""
     text = """{"schema": 1, "groups": [{"name": "conv.weight:0", "size": 4, "kept": [0, 3]}],
         "inputs": "{\\"args\\": {\\"tuple\\": [{\\"shape\\": [1], \\"dtype\\": \\"float32\\"}]}, \\"kwargs\\": {\\"dict\\": {}}}",
         "keep": [], "pinned_nodes": [], "fingerprint": "abc"}"""  # noqa: E501
@@ -109,7 +109,7 @@ def test_a_file_of_schema_1_still_loads() -> None:
 
 
 def test_a_file_of_schema_2_still_loads() -> None:
-    """From before whole heads could be units: neither the plan nor those before it have any."""
+    """Schema 2 is from before whole heads could be units, so no plan of the chain has any."""
     first = replace(GOOD, fingerprint="first")
     data = {**json.loads(replace(GOOD, previous=first).to_json()), "schema": 2}
     for stage in (data, *data["previous"]):
@@ -241,9 +241,8 @@ def test_of_large_tensors_the_range_is_stored(large: torch.Tensor) -> None:
     if not large.is_complex():
         assert (found.min(), found.max()) == (large.min(), large.max())
     assert storable_values(((found,), {}))[0][0] is not large
-    assert (
-        pack_inputs(*storable_values(((found,), {}))) == text
-    )  # what is kept is kept again as it is
+    # storing it again changes nothing
+    assert pack_inputs(*storable_values(((found,), {}))) == text
 
 
 def test_a_large_tensor_that_is_no_draw_is_stored_whole() -> None:
@@ -294,7 +293,7 @@ def test_replaying_on_another_architecture() -> None:
 
 
 def test_replaying_where_the_code_differs() -> None:
-    """Same names and shapes, another forward."""
+    """Names and shapes are the same, but forward differs."""
 
     class Skips(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -318,7 +317,7 @@ def test_a_plan_holds_for_other_weights() -> None:
 
 
 def twice() -> tuple[nn.Module, fxprune.Pruned, fxprune.Pruned]:
-    """A network, pruned, and pruned again."""
+    """Return a network, the result of pruning it, and the result of pruning that again."""
     model = net(16)
     once = fxprune.prune(model, torch.randn(2, 4), channels=0.75)
     return model, once, fxprune.prune(once.model, torch.randn(2, 4), channels=0.5)
@@ -355,9 +354,7 @@ def test_a_chain_takes_the_original_or_any_stage() -> None:
 
 
 def test_a_chain_applied_to_a_model_that_was_built_small() -> None:
-    """It has the names and shapes of the stage but knows no plan, so the new plan starts with
-    it.
-    """
+    """The model has a stage's names and shapes but no plan, so the new plan starts with it."""
     _, _, again = twice()
     found = fxprune.apply(again.plan, net(12))
     assert found.plan == replace(again.plan, previous=None)
@@ -379,7 +376,7 @@ def test_another_architecture_for_a_chain() -> None:
 
 def test_a_chain_is_verified_from_any_stage() -> None:
     model, once, again = twice()
-    # fine-tuned: the structure is what counts
+    # as if fine-tuned: only the structure matters
     nn.init.normal_(again.model.get_parameter("0.weight"))
     for start in (model, once.model):
         found = fxprune.verify(start, again)
@@ -393,7 +390,7 @@ def test_a_chain_with_a_wrong_stage_is_not_verified() -> None:
     swapped = replace(
         again, plan=replace(again.plan, previous=replace(once.plan, groups=(others,)))
     )
-    assert fxprune.verify(model, swapped).error < 1e-12  # as many units, so the same structure
+    assert fxprune.verify(model, swapped).error < 1e-12  # same number of units, so same structure
     fewer = replace(group, kept=group.kept[:-1])
     wrong = replace(again, plan=replace(again.plan, previous=replace(once.plan, groups=(fewer,))))
     with pytest.raises(PlanError, match="another architecture"):
@@ -401,7 +398,7 @@ def test_a_chain_with_a_wrong_stage_is_not_verified() -> None:
 
 
 def test_a_changed_model_starts_a_new_chain() -> None:
-    """The old plan would not lead to it."""
+    """The old plan would not lead to the changed model."""
     _, once, _ = twice()
     once.model.add_module("2", nn.Linear(12, 5))
     assert fxprune.prune(once.model, torch.randn(2, 4), channels=0.5).plan.previous is None

@@ -1,5 +1,6 @@
-"""Nodes run under labels: rules where there are some, pins where there are none, and errors that
-name the node.
+"""Running the nodes of a graph under labels.
+
+Operations with a rule apply it, operations without one pin their inputs, and errors name the node.
 """
 
 from typing import Any

@@ -1,13 +1,13 @@
-"""What must hold for every network: Hypothesis draws printable specs of random ones (see
-``tests/specs``).
+"""Properties of every network, tested on random ones.
 
-A failure prints a spec. To look at it alone, paste it::
+Hypothesis draws the networks as printable specs (see ``tests/specs``). A failure prints a spec. To
+look at it alone, paste it::
 
     from tests.specs import *
     net = Network(input=(3, 8, 8), nodes=(Conv(0, out=8), Conv(1, out=4)), outputs=(2,))
     print(fxprune.analyze(build(net), example(net)))
 
-and keep it as a ``@hypothesis.example`` above the property that it broke.
+Then keep it as a ``@hypothesis.example`` above the property that it broke.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ from .specs import (
 LARGEST_ERROR = 1e-9
 RATIOS = (0.5, 0.25, 0.75)
 
-# networks are drawn: in some nothing can go
+# in some of the drawn networks nothing can be removed
 pytestmark = pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 
-#: These act on each channel by itself, or on all of one place alike.
+#: Kinds that act on each channel separately, or on all channels of a position alike.
 KEEPING = (
     Activation,
     BatchNorm,
@@ -93,15 +93,16 @@ KEEPING = (
     Upsample,
 )
 
-#: These treat the channels of one axis by their position: what a slice cuts off is not
-#: interchangeable with what it leaves, so units of one group need not be. Masked equivalence
-#: covers them.
+#: Kinds that treat the channels of one axis by their position. Channels that a slice cuts off are
+#: not interchangeable with those that it keeps, so units of one group need not be interchangeable.
+#: Masked equivalence covers these kinds.
 POSITIONAL = (Split, Chunk, Slice, Shuffle, Flip, Roll, PadChannels)
 
 
 def share(divisor: int) -> settings:
-    """The chosen profile with its number of examples divided, for properties that need fewer
-    networks.
+    """Return the chosen profile with its number of examples divided by ``divisor``.
+
+    This is for properties that need fewer networks.
     """
     return settings(max_examples=max(1, settings.default.max_examples // divisor))
 
@@ -112,17 +113,16 @@ def _outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _plain_layers(net: Network) -> list[int]:
-    """Values of dense layers that reach nothing but dense layers, through layers that keep the
-    channels apart.
+    """Return the values of dense layers that reach only dense layers, through ``KEEPING`` kinds.
 
-    Independent of what is tested: it looks at the spec alone, and only at the cases that leave no
+    This does not use the tested code. It looks at the spec alone, and only at cases that leave no
     doubt.
     """
     readers: dict[int, list[int]] = {index: [] for index in range(len(net.nodes) + 1)}
     for index, node in enumerate(net.nodes, start=1):
         for value in node.inputs:
             readers[value].append(index)
-    # A layer that runs twice ties what it reads in both places.
+    # A layer that runs twice couples its two inputs.
     shared = {node.of for node in net.nodes if isinstance(node, Again)}
 
     def ends_well(value: int) -> bool:
@@ -144,7 +144,7 @@ def _is_dense(node: Node) -> bool:
 
 
 def _reached(model: nn.Module, x: Tensor) -> set[str]:
-    """The parameters that a backward pass from all outputs reaches."""
+    """Return the parameters that a backward pass from all outputs reaches."""
     loss = sum(y.square().mean() for y in _outputs(model, x))
     assert isinstance(loss, Tensor)
     if loss.requires_grad:
@@ -153,9 +153,7 @@ def _reached(model: nn.Module, x: Tensor) -> set[str]:
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
-    """Relative distance, ||found - expected|| / ||expected||; absolute where the expected value is
-    zero.
-    """
+    """Return ``||found - expected|| / ||expected||``, or the numerator if ``expected`` is zero."""
     norm = expected.norm().item()
     return (found - expected).norm().item() / (norm if norm > 0 else 1.0)
 
@@ -163,8 +161,8 @@ def _error(found: Tensor, expected: Tensor) -> float:
 @share(1)
 @given(net=networks(), channels=st.sampled_from(RATIOS), units=st.sampled_from(("dims", "heads")))
 @hypothesis.example(
-    # Found by a random network: without a bias on the grouped convolution the gate failed to be
-    # rewritten.
+    # Found by a random network: the rewrite of the gate failed if the grouped convolution had no
+    # bias.
     net=Network(
         input=(3, 4, 4),
         nodes=(Conv(0, out=4), Conv(1, out=8, groups=2, bias=False), Glu(2)),
@@ -175,7 +173,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 )
 @hypothesis.example(
     # Found by a random network: positions of one unit were shuffled among each other, which labels
-    # of units cannot tell.
+    # of units cannot show.
     net=Network(
         input=(3, 4, 4),
         nodes=(Conv(0, out=12), Shuffle(1, groups=6, style="function"), Conv(2, out=12, groups=3)),
@@ -185,8 +183,8 @@ def _error(found: Tensor, expected: Tensor) -> float:
     units="dims",
 )
 @hypothesis.example(
-    # Found by a random network: two labellings of one axis (the group, and the place in it) were
-    # taken for one group of units.
+    # Found by a random network: two labellings of one axis (the group, and the position in it)
+    # were treated as one group of units.
     net=Network(
         input=(3, 4, 4),
         nodes=(
@@ -200,8 +198,8 @@ def _error(found: Tensor, expected: Tensor) -> float:
     units="dims",
 )
 @hypothesis.example(
-    # Found by a random network: units that padding makes and channels lie at one place of two
-    # blocks.
+    # Found by a random network: units that padding adds and channels are at the same position of
+    # two blocks.
     net=Network(
         input=(3, 4, 4),
         nodes=(Conv(0, out=4), PadChannels(1, before=1, after=1), Conv(2, out=4, groups=2)),
@@ -211,7 +209,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
     units="dims",
 )
 @hypothesis.example(
-    # Found by a random network: views that nobody reads had no labels with whole heads, and were
+    # Found by a random network: with whole heads as units, unused views had no labels and were
     # emitted all the same.
     net=Network(
         input=(6, 3),
@@ -370,7 +368,7 @@ def test_the_input_model_is_untouched(net: Network, training: bool) -> None:
     fxprune.analyze(model, x)
     fxprune.verify(model, pruned, x)
     for parameter in pruned.model.parameters():
-        # what was emitted shares no storage with what was given
+        # the emitted model must share no storage with the given one
         parameter.data.fill_(float("nan"))
     assert list(_anatomy(model)) == before
     assert _bits_equal(model.state_dict(), state)
@@ -426,8 +424,9 @@ def _reads_heads(parameter: str) -> bool:
 
 
 def _left_of_heads(node: Attention, units: str) -> int:
-    """How wide all heads together are when half is gone. A head of one dimension goes whole, a
-    single one by its dimensions.
+    """Return the total width of all heads after half is removed.
+
+    A head of one dimension is removed whole, and a single head loses dimensions.
     """
     shared = (
         1 if node.style not in ("grouped", "rotary") else 2 if node.heads % 2 == 0 else node.heads
@@ -441,7 +440,7 @@ def _left_of_heads(node: Attention, units: str) -> int:
 
 
 def _is_output(net: Network, index: int) -> bool:
-    """Whether a value is returned, or added to or mixed with what is."""
+    """Tell whether a value is returned, or reaches a returned one without a linear layer."""
     readers = [i for i, node in enumerate(net.nodes, start=1) if index in node.inputs]
     return index in net.outputs or any(
         not isinstance(net.nodes[i - 1], Linear) and _is_output(net, i) for i in readers
@@ -450,9 +449,7 @@ def _is_output(net: Network, index: int) -> bool:
 
 @pytest.mark.long
 def test_most_networks_get_smaller() -> None:
-    """The same over many networks as they come: half the channels cost a good part of the
-    parameters.
-    """
+    """Over many random networks, pruning half the channels removes a quarter of the parameters."""
     sizes: list[tuple[int, int]] = []
 
     @settings(max_examples=60, derandomize=True, phases=[Phase.generate], database=None)
@@ -470,9 +467,7 @@ def test_most_networks_get_smaller() -> None:
 
 @pytest.mark.long
 def test_the_strategy_draws_every_kind_and_long_networks() -> None:
-    """What the properties see is varied, prints as its own source, and runs at batch 1, 2 and
-    5.
-    """
+    """Drawn networks are varied, print as their own source, and run at batch sizes 1, 2 and 5."""
     kinds: Counter[str] = Counter()
     lengths: list[int] = []
 
@@ -516,7 +511,7 @@ def test_the_strategy_draws_every_kind_and_long_networks() -> None:
     ],
 )
 def test_a_wrong_spec_names_its_node(make: Callable[[], Network], message: str) -> None:
-    """A pasted and edited spec fails where it is wrong."""
+    """The error of a wrong spec names the node, for specs that are edited by hand."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is compared below
         make()
     assert str(caught.value) == message
@@ -540,15 +535,16 @@ def _bits_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 def _same_state(found: nn.Module, expected: nn.Module) -> bool:
-    """The same keys, in whatever order, and the same bits."""
+    """Tell whether two models have the same keys, in any order, and the same bits."""
     return _bits_equal(
         dict(sorted(found.state_dict().items())), dict(sorted(expected.state_dict().items()))
     )
 
 
 def _anatomy(model: nn.Module) -> Iterator[tuple[object, ...]]:
-    """Everything about a model but its numbers: object identities, modes, hooks, gradients,
-    attribute names.
+    """Yield everything about a model except its numbers.
+
+    That is object identities, modes, hooks, gradients and attribute names.
     """
     for name, module in model.named_modules():
         hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks")}
@@ -571,12 +567,12 @@ def _anatomy(model: nn.Module) -> Iterator[tuple[object, ...]]:
 
 
 def _varying(field: Tensor) -> list[int]:
-    """The dims along which unit indices differ."""
+    """Return the dims along which unit indices differ."""
     return [d for d in range(field.dim()) if bool((field != field.narrow(d, 0, 1)).any())]
 
 
 def _along(field: Tensor) -> tuple[list[int], Tensor]:
-    """The varying dims of a field and its unit indices over them, flattened."""
+    """Return the varying dims of a field, and its unit indices over them, flattened."""
     dims = _varying(field)
     for d in range(field.dim()):
         if d not in dims:
@@ -587,11 +583,11 @@ def _along(field: Tensor) -> tuple[list[int], Tensor]:
 def _permutation(
     elements: dict[str, list[Tensor]], blocks: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """For each unit, the unit whose elements it receives.
+    """Return for each unit the unit whose elements it receives.
 
-    Units change places only inside their block, and only with units that own as many elements of
-    the same tensors: a unit that a residual sum ties to a second layer cannot stand in for one
-    that no second layer has.
+    Units are permuted only inside their block, and only among units that own as many elements of
+    the same tensors: a unit that a residual sum couples to a second layer cannot replace one that
+    is in the first layer only.
     """
     size = len(blocks)
     counts = [_along(field)[1] for fields in elements.values() for field in fields]
@@ -607,8 +603,9 @@ def _permutation(
 
 
 def _permuted(tensor: Tensor, field: Tensor, source: Tensor) -> Tensor:
-    """A copy of ``tensor`` in which unit u holds what unit ``source[u]`` held: its j-th place the
-    other's j-th.
+    """Return a copy of ``tensor`` in which unit u has the elements of unit ``source[u]``.
+
+    The j-th position of unit u receives the j-th position of the other unit.
     """
     dims, units = _along(field)
     if not dims:

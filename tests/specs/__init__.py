@@ -1,6 +1,6 @@
 """Random networks as printable data.
 
-What a failing property prints can be pasted after ``from tests.specs import *``.
+The output of a failing property can be pasted after ``from tests.specs import *``.
 """
 
 from .network import Network, SpecModule, build, example

@@ -1,4 +1,4 @@
-"""A random network as data, and the module that it describes."""
+"""A random network as data, and the torch module that is built from it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from .nodes import Again, Attention, Chunk, Node, Signal, SpecError, Split, Toke
 
 
 class Network:
-    """A network in single-assignment form: value 0 is the input, value ``i`` the output of
-    ``nodes[i - 1]``.
+    """A network in single-assignment form.
+
+    Value 0 is the input, and value ``i`` is the output of ``nodes[i - 1]``.
 
     Parameters
     ----------
     input
         Shape of one sample: (C, H, W) is an image, (T, C) tokens, (C,) a vector.
     nodes
-        The operations, each reading from values of lower index.
+        The operations. Each one reads only values of lower index.
     outputs
         Indices of the values that the network returns: one tensor, or a tuple of several.
 
     Raises
     ------
     SpecError
-        A node cannot take what it is given; the message names the node.
+        If a node cannot take its inputs. The message names the node.
 
     Examples
     --------
@@ -51,11 +52,14 @@ class Network:
         self.signals = tuple(signals)
 
     def owner(self, index: int) -> int:
-        """The value whose layer computes value ``index``: itself, unless the layer is shared."""
+        """Return the value whose layer computes value ``index``.
+
+        That is ``index`` itself, unless its layer is shared.
+        """
         return owner(self.nodes, index)
 
     def with_live_nodes(self) -> Network:
-        """The same function without the nodes that no output depends on."""
+        """Return the same network without the nodes that no output depends on."""
         live, todo = set(), list(self.outputs)
         while todo:
             index = todo.pop()
@@ -75,8 +79,10 @@ class Network:
 
     @property
     def bit_exact(self) -> bool:
-        """Whether keep-all must give the same bits: yes, unless a composite leaf is taken
-        apart.
+        """Whether pruning with ``channels=1.0`` must give the same bits.
+
+        It must, unless there is an ``nn.MultiheadAttention``, which the tracer replaces by its
+        single operations.
         """
         return not any(
             isinstance(node, Attention) and node.style == "module" for node in self.nodes
@@ -96,8 +102,9 @@ class Network:
         return "\n".join(lines)
 
     def _repr_pretty_(self, printer: object, cycle: bool) -> None:
-        """Hypothesis prints a failing example through this; nested, the lines keep their
-        indentation.
+        """Print the network for Hypothesis, which calls this for a failing example.
+
+        Each line break goes through the printer, so that a nested network keeps its indentation.
         """
         lines = repr(self).split("\n")
         for position, line in enumerate(lines):
@@ -107,14 +114,14 @@ class Network:
 
 
 def owner(nodes: tuple[Node, ...] | list[Node], index: int) -> int:
-    """The value whose layer computes value ``index``, followed through chains of sharing."""
+    """Return the value whose layer computes value ``index``, following chains of sharing."""
     while isinstance(node := nodes[index - 1], Again):
         index = node.of
     return index
 
 
 def infer(node: Node, nodes: tuple[Node, ...] | list[Node], signals: list[Signal]) -> Signal:
-    """The signal out of ``node``, given the nodes and signals before it."""
+    """Return the output signal of ``node``, given the nodes and signals before it."""
     if not isinstance(node, Again):
         return node.infer(*(signals[i] for i in node.inputs))
     first = nodes[owner(nodes, node.of) - 1] if node.of else None
@@ -132,8 +139,9 @@ def infer(node: Node, nodes: tuple[Node, ...] | list[Node], signals: list[Signal
 
 
 class SpecModule(nn.Module):
-    """The module of a network: one submodule for each node that owns parameters, named after its
-    kind and value.
+    """The module of a network.
+
+    It has one submodule for each node with parameters, named after the node's kind and value.
     """
 
     def __init__(self, network: Network) -> None:
@@ -172,11 +180,11 @@ class SpecModule(nn.Module):
 
 
 def build(network: Network, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The network's module, in eval mode, every parameter and buffer random.
+    """Return the network's module in eval mode, with random parameters and buffers.
 
-    Weights are scaled by fan-in so that values neither vanish nor explode through thirty layers;
-    norm scales lie around one, running variances between 0.5 and 1.5. Torch's own generator is
-    left as it was.
+    Weights are scaled by fan-in, so that values neither vanish nor explode through thirty layers.
+    Norm scales are close to one, and running variances are between 0.5 and 1.5. Torch's global
+    generator is not changed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -204,6 +212,6 @@ def build(network: Network, *, seed: int = 0, dtype: torch.dtype = torch.float32
 def example(
     network: Network, *, batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """A random batch of inputs, shape (batch, *network.input)."""
+    """Return a random batch of inputs, shape (batch, *network.input)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((batch, *network.input), generator=generator, dtype=torch.float64).to(dtype)

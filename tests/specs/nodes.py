@@ -1,8 +1,9 @@
-"""The node kinds of a random network: frozen dataclasses that know their shape, their module and
-their forward.
+"""The kinds of nodes of a random network.
 
-A *signal* is what travels between nodes, written without the batch axis. Its layout says what the
-axes mean:
+Each kind is a frozen dataclass that defines its output shape, its module and its forward function.
+
+A *signal* describes a value that passes between nodes, without the batch axis. Its layout says
+what the axes mean:
 
 ========  ============  ==============
 layout    axes          channel axis
@@ -13,9 +14,9 @@ tokens    (T, C)        last
 vector    (C,)          last
 ========  ============  ==============
 
-Every node names the values it reads by index: value 0 is the network's input, value ``i`` the
-output of the i-th node. The index fields come first, so that a node prints as a person would write
-it: ``Conv(3, out=8, kernel=1)``; defaults are not printed.
+A node refers to the values that it reads by index: value 0 is the network's input, and value ``i``
+is the output of the i-th node. The index fields come first and defaults are not printed, so that a
+node prints as a person would write it: ``Conv(3, out=8, kernel=1)``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CHANNELS_LAST = ("hwc", "tokens", "vector")
 
 
 class SpecError(ValueError):
-    """A node was given a signal that it cannot take."""
+    """An error: a node cannot take one of its input signals."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Signal:
 
     @classmethod
     def of_input(cls, shape: tuple[int, ...]) -> Signal:
-        """The signal of a network input: three axes are an image, two are tokens, one is a
-        vector.
+        """Return the signal of a network input.
+
+        Three axes are an image, two are tokens, one is a vector.
         """
         return cls({3: "chw", 2: "tokens", 1: "vector"}[len(shape)], shape)
 
@@ -68,7 +70,7 @@ class Signal:
 
     @property
     def places(self) -> int:
-        """Number of positions that share one channel: pixels or tokens."""
+        """The number of positions of each channel: pixels or tokens."""
         return math.prod(self.shape) // self.channels
 
     def with_channels(self, channels: int) -> Signal:
@@ -85,8 +87,10 @@ class Signal:
 
 @dataclass(frozen=True, repr=False)
 class Node:
-    """One operation. Subclasses give ``infer``, and ``forward``, and ``module`` where they own
-    parameters.
+    """One operation.
+
+    Subclasses define ``infer``, ``module`` if they own parameters, and ``forward`` if it does more
+    than call the module.
     """
 
     layouts: ClassVar[tuple[str, ...]] = LAYOUTS
@@ -94,9 +98,7 @@ class Node:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """Indices of the values that this node reads, in the order that ``infer`` and ``forward``
-        take them.
-        """
+        """Indices of the values that this node reads, in the order of ``forward``'s tensors."""
         found: list[int] = []
         for name in self.references:
             value = getattr(self, name)
@@ -104,7 +106,7 @@ class Node:
         return tuple(found)
 
     def renumbered(self, mapping: Mapping[int, int]) -> Node:
-        """The same node reading from other indices."""
+        """Return the same node reading from other indices."""
         changes: dict[str, object] = {}
         for name in self.references:
             value = getattr(self, name)
@@ -114,18 +116,20 @@ class Node:
         return dataclasses.replace(self, **changes)
 
     def infer(self, *signals: Signal) -> Signal:
-        """The signal that comes out. Raises SpecError if the inputs do not fit."""
+        """Return the output signal; raise SpecError if the inputs do not fit."""
         raise NotImplementedError
 
     def module(self, *signals: Signal) -> nn.Module | None:
-        """A fresh module with this node's parameters, or None for a node that has none."""
+        """Return a new module with this node's parameters, or None if it has none."""
         return None
 
     def forward(
         self, module: nn.Module | None, signals: tuple[Signal, ...], *tensors: Tensor
     ) -> Tensor:
-        """Compute the value. ``signals`` are the inputs' shapes as built, for nodes that spell
-        sizes as literals.
+        """Compute the value.
+
+        ``signals`` are the inputs' shapes when the network was built, for nodes that contain sizes
+        as literals.
         """
         assert module is not None
         return module(*tensors)
@@ -152,7 +156,7 @@ class Node:
 
 @dataclass(frozen=True, repr=False)
 class Conv(Node):
-    """A convolution that keeps the picture's size (divided by ``stride``)."""
+    """A convolution that keeps the image's size (divided by ``stride``)."""
 
     x: int
     out: int
@@ -189,7 +193,7 @@ class Conv(Node):
 
 @dataclass(frozen=True, repr=False)
 class Depthwise(Node):
-    """One filter per channel, or ``multiplier`` of them."""
+    """A depthwise convolution with ``multiplier`` filters per channel."""
 
     x: int
     multiplier: int = 1
@@ -222,7 +226,7 @@ class Depthwise(Node):
 
 @dataclass(frozen=True, repr=False)
 class TransposedConv(Node):
-    """A transposed convolution that multiplies the picture's size by ``stride``."""
+    """A transposed convolution that multiplies the image's size by ``stride``."""
 
     x: int
     out: int
@@ -318,7 +322,7 @@ class GroupNorm(_Shaped):
 
     def infer(self, *signals: Signal) -> Signal:
         self._need(signals[0].channels % self.groups == 0, f"groups do not divide {signals[0]}")
-        # A group may be left with one channel, and torch refuses statistics over a single number.
+        # Pruning may leave a group with one channel, and torch refuses statistics over one number.
         self._need(signals[0].places > 1, f"no statistics over {signals[0]}")
         return super().infer(*signals)
 
@@ -381,7 +385,7 @@ class Activation(_Shaped):
 
 @dataclass(frozen=True, repr=False)
 class PReLU(_Shaped):
-    """A learned slope for each channel."""
+    """A PReLU with a learned slope for each channel."""
 
     x: int
     layouts: ClassVar = ("chw", "vector")
@@ -433,7 +437,7 @@ class _ClassToken(nn.Module):
 
 @dataclass(frozen=True, repr=False)
 class ClassToken(Node):
-    """One learned token in front of the others."""
+    """One learned token, put before the others."""
 
     x: int
     layouts: ClassVar = ("tokens",)
@@ -468,7 +472,7 @@ class SqueezeExcite(_Shaped):
 
 
 class _PackedAttention(nn.Module):
-    """One projection to q, k and v, reshaped to (3, batch, heads, tokens, head_dim)."""
+    """Attention with one projection to q, k and v, as (3, batch, heads, tokens, head_dim)."""
 
     def __init__(self, width: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -487,7 +491,7 @@ class _PackedAttention(nn.Module):
 
 
 class _SeparateAttention(nn.Module):
-    """Three projections, and the attention written out."""
+    """Attention with three projections, written out as matrix products and a softmax."""
 
     def __init__(self, width: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -508,8 +512,10 @@ class _SeparateAttention(nn.Module):
 
 
 class _GroupedAttention(nn.Module):
-    """Two query heads (or all of an odd number) on one key and value head; with rotary positions,
-    each head turned by them.
+    """Attention in which two query heads share one head of the keys and values.
+
+    If the number of query heads is odd, all of them share one. With ``rotary``, positions rotate
+    queries and keys, and PyTorch repeats the shared heads.
     """
 
     def __init__(self, width: int, heads: int, head_dim: int, rotary: bool) -> None:
@@ -541,7 +547,7 @@ class _GroupedAttention(nn.Module):
 
 
 class _ModuleAttention(nn.Module):
-    """torch's own composite."""
+    """Attention by ``nn.MultiheadAttention``."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -553,9 +559,11 @@ class _ModuleAttention(nn.Module):
 
 @dataclass(frozen=True, repr=False)
 class Attention(_Shaped):
-    """Self-attention: ``packed`` (one qkv projection), ``separate`` (three), ``module``
-    (nn.MultiheadAttention), ``grouped`` (query heads that share a head of the keys and values) or
-    ``rotary`` (grouped, with rotary positions).
+    """Self-attention in one of several styles.
+
+    ``packed`` has one qkv projection, ``separate`` has three, and ``module`` is
+    ``nn.MultiheadAttention``. In ``grouped``, query heads share a head of the keys and values;
+    ``rotary`` is ``grouped`` with rotary positions.
     """
 
     x: int
@@ -584,8 +592,9 @@ class Attention(_Shaped):
 
 @dataclass(frozen=True, repr=False)
 class Recurrent(Node):
-    """A recurrent layer over the tokens: ``lstm`` or ``gru``, in one direction or ``both``, whose
-    results lie side by side.
+    """A recurrent layer over the tokens, ``lstm`` or ``gru``.
+
+    With ``both``, it runs in both directions, and the results are concatenated.
     """
 
     x: int
@@ -613,12 +622,12 @@ class Recurrent(Node):
 
 
 def meets(wide: Signal, other: Signal) -> bool:
-    """Whether ``other`` has the same shape, or is one vector of as many channels."""
+    """Tell whether ``other`` has the same shape, or is a vector with as many channels."""
     return wide == other or (other.layout == "vector" and other.channels == wide.channels)
 
 
 def _spread(tensor: Tensor, own: Signal, wide: Signal) -> Tensor:
-    """A vector made broadcastable to ``wide``; anything else as it is."""
+    """Return a vector in a shape that broadcasts to ``wide``; anything else is unchanged."""
     if own.layout == wide.layout:
         return tensor
     return {
@@ -630,7 +639,7 @@ def _spread(tensor: Tensor, own: Signal, wide: Signal) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class Add(Node):
-    """a + b; ``b`` may be a vector, which is then added at every place."""
+    """a + b; ``b`` may be a vector, which is then added at every position."""
 
     a: int
     b: int
@@ -648,7 +657,7 @@ class Add(Node):
 
 @dataclass(frozen=True, repr=False)
 class Mul(Node):
-    """a * gate(b); ``b`` may be a vector, which then gates every place."""
+    """a * gate(b); ``b`` may be a vector, which then gates every position."""
 
     a: int
     b: int
@@ -668,7 +677,7 @@ class Mul(Node):
 
 @dataclass(frozen=True, repr=False)
 class Concat(Node):
-    """Values of one layout and size, side by side along the channels."""
+    """Values of one layout and size, concatenated along the channels."""
 
     xs: tuple[int, ...]
     references: ClassVar = ("xs",)
@@ -692,7 +701,7 @@ class Concat(Node):
 
 @dataclass(frozen=True, repr=False)
 class Split(Node):
-    """One part of ``x.split(sizes)``. Parts of one split share the call."""
+    """One part of ``x.split(sizes)``; parts of the same split share one call."""
 
     x: int
     sizes: tuple[int, ...]
@@ -707,13 +716,13 @@ class Split(Node):
 
     @property
     def call(self) -> tuple[object, ...]:
-        """What two parts of the same split have in common."""
+        """A key that all parts of the same split share."""
         return (Split, self.x, self.sizes)
 
 
 @dataclass(frozen=True, repr=False)
 class Chunk(Node):
-    """One part of ``x.chunk(chunks)``, chunks of equal size. Parts of one chunk share the call."""
+    """One of ``x.chunk(chunks)``, all of equal size; the chunks of ``x`` share one call."""
 
     x: int
     chunks: int = 2
@@ -756,7 +765,7 @@ class Slice(Node):
 
 @dataclass(frozen=True, repr=False)
 class Glu(Node):
-    """The first half of the channels, gated by the second."""
+    """The first half of the channels, gated by the second half."""
 
     x: int
 
@@ -772,7 +781,7 @@ class Glu(Node):
 
 @dataclass(frozen=True, repr=False)
 class Shuffle(_Shaped):
-    """A channel shuffle: written by hand with sizes from ``x.shape``, or torch's own function."""
+    """A channel shuffle, written with sizes from ``x.shape`` or by torch's own function."""
 
     x: int
     groups: int = 2
@@ -796,7 +805,7 @@ class Shuffle(_Shaped):
 
 @dataclass(frozen=True, repr=False)
 class Flip(_Shaped):
-    """The channels in reverse."""
+    """The channels in reverse order."""
 
     x: int
 
@@ -808,7 +817,7 @@ class Flip(_Shaped):
 
 @dataclass(frozen=True, repr=False)
 class Roll(_Shaped):
-    """The channels rotated."""
+    """The channels, rotated by ``shift``."""
 
     x: int
     shift: int = 1
@@ -821,7 +830,7 @@ class Roll(_Shaped):
 
 @dataclass(frozen=True, repr=False)
 class PadChannels(Node):
-    """Zero channels in front and behind."""
+    """Zero channels before and after the others."""
 
     x: int
     before: int
@@ -839,7 +848,7 @@ class PadChannels(Node):
 
 @dataclass(frozen=True, repr=False)
 class Flatten(Node):
-    """Everything in one axis: ``flatten``, ``view(batch, -1)``, or ``view(-1, literal)``."""
+    """All axes in one, by ``flatten``, ``reshape(batch, -1)`` or ``reshape(-1, literal)``."""
 
     x: int
     style: str = "flatten"
@@ -960,7 +969,7 @@ class PixelUnshuffle(Node):
 
 @dataclass(frozen=True, repr=False)
 class Pad(Node):
-    """Zeros around the picture."""
+    """Zeros around the image."""
 
     x: int
     amount: int = 1
@@ -981,7 +990,7 @@ class Pad(Node):
 
 @dataclass(frozen=True, repr=False)
 class Pool(Node):
-    """Half the picture: ``max``, ``avg`` or ``adaptive``."""
+    """Pooling to half the size, by ``max``, ``avg`` or ``adaptive``."""
 
     x: int
     mode: str = "max"
@@ -1002,7 +1011,7 @@ class Pool(Node):
 
 @dataclass(frozen=True, repr=False)
 class GlobalPool(Node):
-    """One number for each channel: a mean, or adaptive pooling and flatten (images)."""
+    """One number per channel, by a mean or, for images only, adaptive pooling and flatten."""
 
     x: int
     style: str = "mean"
@@ -1024,7 +1033,7 @@ class GlobalPool(Node):
 
 @dataclass(frozen=True, repr=False)
 class Upsample(Node):
-    """Twice the picture."""
+    """Upsampling to twice the size."""
 
     x: int
     mode: str = "nearest"
@@ -1044,8 +1053,9 @@ class Upsample(Node):
 
 @dataclass(frozen=True, repr=False)
 class Fit(Node):
-    """Control flow on sizes: a picture whose sides are no multiples is padded until they are, any
-    other one is left alone.
+    """An image, padded until both sides are multiples of ``multiple``.
+
+    This is control flow on sizes: an image that fits already is returned as it is.
     """
 
     x: int
@@ -1070,7 +1080,7 @@ class Fit(Node):
 
 @dataclass(frozen=True, repr=False)
 class Softmax(_Shaped):
-    """A softmax over the channels: nothing may be removed in front of it."""
+    """A softmax over the channels, before which no channel may be removed."""
 
     x: int
 
@@ -1082,7 +1092,7 @@ class Softmax(_Shaped):
 
 @dataclass(frozen=True, repr=False)
 class Centre(_Shaped):
-    """x minus its mean over the channels: the mean divides by a size that pruning changes."""
+    """x minus its mean over the channels; the mean divides by a size that pruning changes."""
 
     x: int
 
@@ -1097,7 +1107,7 @@ class Centre(_Shaped):
 
 @dataclass(frozen=True, repr=False)
 class Again(Node):
-    """The layer of value ``of`` once more, on another value of the same layout and width."""
+    """The layer of value ``of``, applied to another value of the same layout and width."""
 
     x: int
     of: int
@@ -1152,4 +1162,4 @@ KINDS: tuple[type[Node], ...] = (
     Centre,
     Softmax,
 )
-"""Every kind, the simplest first: this is the order in which a failing example shrinks."""
+"""All kinds, the simplest first, because a failing example shrinks towards the first ones."""

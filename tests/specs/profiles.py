@@ -1,14 +1,16 @@
 """Hypothesis profiles, chosen with ``pytest --hypothesis-profile=NAME``.
 
-Only ``tests/conftest.py`` imports this module: pytest reads it before it looks the name up.
+Only ``tests/conftest.py`` imports this module, because pytest reads that file before it looks up
+the name.
 
 ``fast``
-    What ``--fast`` runs.
+    The profile of ``--fast``.
 ``default``
-    What everyone and CI run: a few hundred networks over all properties, the same ones each time.
+    The profile that is used otherwise, also in CI: a few hundred networks over all properties,
+    the same ones each time.
 ``thorough``
-    Five thousand networks for the property that matters most and a fifth of that for each of the
-    others, new ones each time; a failure prints the blob that reproduces it.
+    Five thousand networks for the most important property and a fifth of that for each of the
+    others, new ones each time. A failure prints the blob that reproduces it.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-# An example traces, prunes and verifies a network of up to thirty layers: tens of milliseconds on
-# a quiet machine and far more on a busy one. A deadline, or the health check on slow draws, would
-# fail at random.
+# An example traces, prunes and verifies a network of up to thirty layers. This takes tens of
+# milliseconds on an idle machine and much longer on a busy one, so a deadline, or the health check
+# for slow draws, would fail at random.
 _COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
 settings.register_profile("fast", max_examples=10, derandomize=True, **_COMMON)

@@ -1,11 +1,11 @@
 """The Hypothesis strategy that draws networks.
 
-What Hypothesis draws is a list of *steps*: a kind, how far back to look for a value that it fits,
-and one number that holds the kind's choices. Laying the steps out as nodes draws nothing more, and
-a step that fits nowhere is left out. So every step can be dropped or made smaller without
-disturbing what the others mean, and there is little to try: that is what lets a failure shrink to
-a network that a person can read. Widths come from a palette of two per network, so that residual
-sums and gates find partners.
+Hypothesis draws a list of *steps*. A step is a kind, how far back to look for a value that it
+fits, and one number that encodes the kind's choices. The steps are then laid out as nodes without
+further draws, and a step that fits nowhere is skipped. So every step can be dropped or made
+smaller without changing what the others mean, and there are few things to try. This lets a failure
+shrink to a network that a person can read. Widths come from a palette of two per network, so that
+residual sums and gates find partners.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MAX_SIDE = 12
 MAX_TOKENS = 150
 MAX_PRODUCTS = 2  # products without a bounded gate square the magnitudes; a few are enough
 
-#: How often a kind stands in the list that is sampled from; 2 where it is not named. Kinds that
-#: end a picture, or that rightly pin what comes before them, are rare: most of a network should be
-#: something that can be pruned.
+#: How often each kind occurs in the list that is sampled from; 2 for kinds that are not listed.
+#: Kinds that turn an image into something else, or that rightly pin the channels before them, are
+#: rare, because most of a network should be prunable.
 WEIGHTS: dict[type[Node], int] = {
     n.Conv: 16,
     n.Linear: 8,
@@ -60,7 +60,7 @@ WEIGHTS: dict[type[Node], int] = {
 
 
 class Step(NamedTuple):
-    """A node before anything is known about the network around it."""
+    """A drawn node, before it is fitted into a network."""
 
     kind: type[Node]
     reads: int
@@ -69,7 +69,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Draft:
-    """A network while it is laid out."""
+    """A network that is being laid out."""
 
     signals: list[Signal]
     widths: tuple[int, ...]
@@ -85,8 +85,9 @@ class Draft:
         return len(self.nodes)
 
     def loose_first(self, keep: Callable[[int], bool]) -> list[int]:
-        """Values that pass ``keep``: those that nothing reads yet come first, the newest first
-        among them.
+        """Return the values that pass ``keep``.
+
+        Values that nothing reads yet come first; among equals, the newest comes first.
         """
         return sorted(
             (i for i in range(self.oldest, len(self.signals)) if keep(i)),
@@ -94,11 +95,11 @@ class Draft:
         )
 
     def partners(self, x: int) -> list[int]:
-        """Values that meet ``x`` elementwise."""
+        """Return the values that can be combined with ``x`` elementwise."""
         return self.loose_first(lambda i: i != x and n.meets(self.signals[x], self.signals[i]))
 
     def neighbours(self, x: int) -> list[int]:
-        """Values that fit beside ``x`` in a concatenation."""
+        """Return the values that can be concatenated with ``x``."""
         here = self.signals[x]
         most = MAX_VECTOR if here.layout == "vector" else MAX_WIDTH
 
@@ -112,7 +113,7 @@ class Draft:
         return self.loose_first(fits)
 
     def layers(self, x: int) -> list[int]:
-        """Values whose layer could be applied to ``x`` once more."""
+        """Return the values whose layer can be applied to ``x``, too."""
         found = []
         for i in range(len(self.nodes), 0, -1):
             source = self.nodes[owner(self.nodes, i) - 1]
@@ -126,8 +127,9 @@ class Draft:
 
 
 class Picker:
-    """Takes a step's number apart, one digit for each choice, in the base of however many options
-    there are.
+    """Decodes a step's number into choices.
+
+    Each choice takes one digit of the number, in the base of the number of options.
 
     >>> pick = Picker(5)
     >>> pick("a", "b"), pick("a", "b", "c"), pick("a", "b")
@@ -143,19 +145,21 @@ class Picker:
 
 
 def _divisors(*numbers: int) -> list[int]:
+    """Return the common divisors of the numbers, in ascending order."""
     common = math.gcd(*numbers)
     return [d for d in range(1, common + 1) if common % d == 0]
 
 
 def _chunks(here: Signal) -> list[int]:
-    """Numbers of equal chunks that leave more than one channel in each: after width 1 there is
-    nothing to prune.
+    """Return the possible numbers of equal chunks with more than one channel each.
+
+    In a chunk of width 1 there is nothing to prune.
     """
     return [d for d in (2, 3, 4) if here.channels % d == 0 and here.channels > d]
 
 
 def _heights(here: Signal) -> list[int]:
-    """Ways to lay tokens out as a picture, squarish ones first."""
+    """Return the heights with which tokens form an image, the most square one first."""
     tokens = here.shape[0]
     sides = [d for d in range(1, MAX_SIDE + 1) if tokens % d == 0 and tokens // d <= MAX_SIDE]
     return sorted(sides, key=lambda d: abs(d - tokens // d))
@@ -166,10 +170,12 @@ def _strides(here: Signal) -> tuple[int, ...]:
 
 
 def _grows(here: Signal) -> bool:
+    """Tell whether an image may be doubled in size."""
     return max(here.shape[1:]) * 2 <= MAX_SIDE
 
 
-# What a kind makes of its choices. Whether it fits a value at all is in FITS below.
+# Each of these functions makes a node of one kind from the drawn choices. FITS below says whether
+# the kind fits a value at all.
 
 
 def _conv(pick: Picker, draft: Draft, x: int) -> Node:
@@ -201,7 +207,7 @@ def _depthwise(pick: Picker, draft: Draft, x: int) -> Node:
 
 
 def _split(pick: Picker, draft: Draft, x: int) -> Node:
-    """Another part of an earlier split of the same value, or two or three new parts."""
+    """Make a part of an earlier split of the same value, or of a new one in two or three parts."""
     fresh, earlier = (
         pick(True, False),
         [node for node in draft.nodes if isinstance(node, n.Split) and node.x == x],
@@ -304,7 +310,10 @@ MAKE: dict[type[Node], Callable[[Picker, Draft, int], Node]] = {
     n.Pool: lambda pick, draft, x: n.Pool(x, mode=pick("max", "avg", "adaptive")),
     n.Upsample: lambda pick, draft, x: n.Upsample(x, mode=pick("nearest", "bilinear")),
 }
-"""Kinds that are not here read one value and have nothing to choose."""
+"""For each kind the function that makes a node.
+
+Kinds that are not listed read one value and have no choices.
+"""
 
 FITS: dict[type[Node], Callable[[Draft, int, Signal], bool]] = {
     n.Add: lambda draft, x, here: bool(draft.partners(x)),
@@ -336,12 +345,16 @@ FITS: dict[type[Node], Callable[[Draft, int, Signal], bool]] = {
         here.channels * 4 <= MAX_WIDTH and all(side % 2 == 0 for side in here.shape[1:])
     ),
 }
-"""Kinds that are not here fit every value of their layouts."""
+"""For each kind a function that tells whether it fits a value.
+
+Kinds that are not listed fit every value of their layouts.
+"""
 
 
 def lay(draft: Draft, step: Step) -> None:
-    """Append the node that a step describes, reading the newest values that it fits; nothing if it
-    fits none.
+    """Append the node that a step describes, or nothing if it fits no value.
+
+    ``step.reads`` counts back from the newest value that the node fits.
     """
     fits = FITS.get(step.kind, lambda *_: True)
     found: list[int] = []
@@ -358,8 +371,9 @@ def lay(draft: Draft, step: Step) -> None:
 
 
 def join(draft: Draft, max_nodes: int, without: Sequence[int]) -> None:
-    """Pool and concatenate what nothing reads and put a linear layer on it: no node is lost, no
-    loose end pinned.
+    """Pool and concatenate the values that nothing reads, and add a linear layer.
+
+    Otherwise these nodes would be dropped, or be outputs and therefore pinned.
     """
     vectors: list[int] = []
     total = 0
@@ -378,8 +392,9 @@ def join(draft: Draft, max_nodes: int, without: Sequence[int]) -> None:
 
 
 def steps(kinds: Sequence[type[Node]], max_size: int) -> SearchStrategy[list[Step]]:
-    """Lists of steps, every draw named. Four lists end to end, because one list alone is seldom
-    long.
+    """Return a strategy for lists of steps.
+
+    It joins four lists end to end, because a single list is seldom long.
     """
     step = st.builds(
         Step,
@@ -401,10 +416,10 @@ def networks(
     without: tuple[type[Node], ...] = (),
     only: tuple[type[Node], ...] = KINDS,
 ) -> Network:
-    """Networks of one to ``max_nodes`` nodes with small sizes, each as a spec that prints as
-    Python source.
+    """Draw networks of one to ``max_nodes`` nodes with small sizes.
 
-    ``without`` names kinds that are not drawn, ``only`` those that are.
+    Each network prints as Python source. Kinds in ``without`` are not drawn; ``only`` are the
+    kinds that may be drawn.
 
     >>> networks(max_nodes=3).example()  # doctest: +SKIP
     Network(
