@@ -746,8 +746,9 @@ WEIGHTED = [case for case in CASES if any(operand.kind == "weight" for operand i
 
 @pytest.mark.parametrize("case", WEIGHTED, ids=lambda case: case.name)
 def test_a_weight_met_before_couples_alike(case):
-    """A weight's axes take over what they meet first; had they labels already, those would be
-    united to the same effect.
+    """The axes of a weight take over the first labels that they meet.
+
+    If they already have labels, both sets of labels are united, and the coupling is the same.
     """
     fresh = [
         labelled(*operand.shape) if operand.kind == "weight" else operand

@@ -297,7 +297,7 @@ def test_a_file_removed(name: str, copied: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_one_bit_flipped_anywhere(name: str, copied: Path) -> None:
-    """Try every byte of the manifest, which no digest protects, and some bytes of the other files."""
+    """Try every byte of the manifest, which no digest protects, and some bytes of other files."""
     data = (copied / name).read_bytes()
     step = 1 if name == "manifest.json" else max(1, len(data) // 25)
     for position in range(0, len(data), step):
