@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-# noqa: F401 registers the Hypothesis profiles before pytest looks one up
-from tests.specs import profiles
+# registers the Hypothesis profiles before pytest looks one up
+from tests.specs import profiles  # noqa: F401
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

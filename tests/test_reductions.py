@@ -195,9 +195,7 @@ CASES = [
 
 
 class Reduced(nn.Module):
-    """Applies a function to features, and a layer to the same features or to the function's
-    result.
-    """
+    """Applies a function to features, and a layer to the features or the function's result."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -340,9 +338,7 @@ def test_the_deviation_of_zeros_has_a_gradient() -> None:
 
 
 class Scaled(torch.autograd.Function):
-    """Two fused norms in one node of the graph, the first over features, the second over a
-    constant.
-    """
+    """Two fused norms in one node, the first over features, the second over a constant."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor) -> Any:

@@ -95,9 +95,7 @@ def test_a_list_that_holds_itself() -> None:
 
 
 def test_a_copy_of_what_autograd_made_is_apart_from_it() -> None:
-    """A tensor with a ``grad_fn``, such as an activation that a hook kept, is detached in the
-    copy.
-    """
+    """The copy of a tensor with a ``grad_fn``, such as a kept activation, is detached."""
     kept = torch.ones(2, requires_grad=True) * 2
     held = {"first": kept, "again": [kept]}
     new = copied(held, {})
@@ -327,9 +325,7 @@ def evaluated() -> None:
 def test_modes_that_functions_of_the_model_give_are_kept(
     set_up: Any, asks: bool, tmp_path: Any
 ) -> None:
-    """Functions that refer to the model or a layer by a global name refer to the copies after
-    copying.
-    """
+    """Copied functions that refer to the model or a layer by a global name refer to the copy."""
 
     def make() -> nn.Module:
         globals()["NET"] = model = Switched(asks).eval()

@@ -212,9 +212,7 @@ def test_checkpoints_that_only_training_has() -> None:
 
 
 def test_functions_do_without_generated_code() -> None:
-    """``torch.fx.Interpreter`` runs the graph by calling the functions that enter and leave a
-    region.
-    """
+    """``torch.fx.Interpreter`` calls the functions that enter and leave a region."""
     pruned = fxprune.prune(Around(without_gradients), torch.randn(2, 3, 8, 8), channels=1.0).model
     out = torch.fx.Interpreter(pruned).run(torch.randn(2, 3, 8, 8))
     assert out.grad_fn is not None

@@ -165,9 +165,7 @@ def test_groups_that_keep_one_input_each_still_sum(kind: Any) -> None:
 
 
 class Nested(nn.Module):
-    """Two groups over all channels, and two groups over some of them that lie inside the first
-    two.
-    """
+    """Two groups over all channels, and two over some of them that lie inside the first two."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,9 +190,7 @@ def test_groups_within_groups(budget: dict[str, Any]) -> None:
 
 
 class InContainers(nn.Module):
-    """Nested containers, and a layer whose name, ``in_body``, is one that generated code would
-    use.
-    """
+    """Nested containers, and a layer that is named as generated code would name one."""
 
     def __init__(self) -> None:
         super().__init__()

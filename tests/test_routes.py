@@ -202,9 +202,7 @@ def test_what_cannot_be_compared_from_call_to_call_is_left_out_of_the_proof(name
 
 
 class Finds(nn.Module):
-    """A small detector: boxes where scores are high, pooled features, a class and a finer box for
-    each.
-    """
+    """A small detector: boxes at high scores, pooled features, a class and a finer box each."""
 
     def __init__(self, threshold: float, skips: bool, width: int = 16) -> None:
         super().__init__()

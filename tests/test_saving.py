@@ -463,9 +463,7 @@ STEPS = [(os, "replace"), (os, "fsync"), (os, "rmdir")]
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, after: bool) -> list[str]:
-    """Raise ``KilledError`` at call number ``step`` that reaches the disk, before or after its
-    effect.
-    """
+    """Raise ``KilledError`` at one call that reaches the disk, before or after its effect."""
     calls: list[str] = []
 
     def watched(real: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -705,9 +703,7 @@ def test_a_result_that_someone_put_together(tmp_path: Path) -> None:
 
 
 class TwoPaths(nn.Module):
-    """Training adds an output, one region has no gradients, and a branch by size becomes an
-    assertion.
-    """
+    """Has another output in training, a region without gradients, and a branch by size."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -452,9 +452,7 @@ def test_no_layer_loses_all_to_others_it_shares_blocks_with() -> None:
 
 
 def test_a_recurrent_network_is_counted_too() -> None:
-    """Random networks seldom contain one, and on a CPU torch's own counter counts none of its
-    MACs.
-    """
+    """Random networks seldom have one, and torch's own counter counts no MACs of it on a CPU."""
 
     class Recurrent(nn.Module):
         def __init__(self) -> None:

@@ -333,9 +333,7 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
 def test_a_wrong_value(
     name: str, argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The value is accepted, or refused with a short error of fxprune that is not
-    ``InternalError``.
-    """
+    """Each value is accepted, or refused with a short error that is not ``InternalError``."""
     monkeypatch.chdir(tmp_path)
     function, arguments = DOORS[name]
     function(**arguments())

@@ -276,9 +276,7 @@ def test_constants_count_by_value() -> None:
 
 
 class Cached(nn.Module):
-    """Two convolutions, and between them the addition of a table that the module keeps between
-    calls.
-    """
+    """Two convolutions, and between them a table is added that is kept between calls."""
 
     def __init__(self) -> None:
         super().__init__()

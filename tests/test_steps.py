@@ -1,6 +1,4 @@
-"""Pruning in steps: budgets of each step, training between steps, and continuing after an
-interruption.
-"""
+"""Pruning in steps: budgets, training between steps, and going on after an interruption."""
 
 import functools
 from pathlib import Path
@@ -70,9 +68,7 @@ def test_training_in_the_body_is_what_the_next_step_prunes() -> None:
 
 @pytest.mark.parametrize("killed_in", [1, 2, 3])
 def test_goes_on_behind_the_last_finished_step(tmp_path: Path, killed_in: int) -> None:
-    """After an exception in the body of a step, that step is repeated and the ones before it are
-    not.
-    """
+    """After an exception in the body of a step, only that step is repeated."""
     model, x = network(), torch.randn(IMAGE)
 
     def run(folder: Path, stop: int | None = None) -> tuple[list[int], fxprune.Pruned | None]:

@@ -403,9 +403,7 @@ def test_a_guard_is_a_refusal() -> None:
 
 
 def test_a_guard_that_is_gone() -> None:
-    """Without the guard, the graph computes for all inputs what the original computes for long
-    ones.
-    """
+    """Without the guard, the graph computes for all inputs what is right for long ones."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         return two(m, x if x.shape[1] > 4 else x * 2)
@@ -809,7 +807,7 @@ def test_complex_outputs() -> None:
 
 @pytest.mark.parametrize("takes", ["other sizes", "one size"])
 def test_a_model_that_takes_long(takes: str) -> None:
-    """For slow models, most comparisons use small inputs, or float32 with its own rounding limit."""
+    """For slow models, most comparisons use small inputs or float32, with its own limit."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         return two(m, x) + (x.new_zeros(1) if takes == "other sizes" else x.new_zeros(6, 1))
@@ -826,7 +824,7 @@ def test_a_model_that_takes_long(takes: str) -> None:
 
 
 def test_what_cancels_is_no_error() -> None:
-    """A sum over centred channels is zero except for rounding, so its relative error says nothing."""
+    """A sum over centred channels is zero but for rounding, so its relative error says nothing."""
 
     class Centred(nn.Module):
         def __init__(self) -> None:
@@ -906,9 +904,7 @@ def test_the_proof_leaves_weights_as_they_are(randomize: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_gradients_are_those_without_a_mode_that_looks_on() -> None:
-    """Second derivatives of rows: torch crashes if it computes their gradients under a dispatch
-    mode.
-    """
+    """torch crashes if it computes gradients of second derivatives under a dispatch mode."""
 
     class Curved(nn.Module):
         def __init__(self) -> None:
@@ -960,9 +956,7 @@ class InParts(nn.Module):
 
 
 def test_what_a_guard_refuses_is_told_by_the_guard() -> None:
-    """The guard is identified itself, and not by a name that an assertion in another part also
-    has.
-    """
+    """The guard itself is identified, not just its name, which other assertions may have."""
     model, x = InParts().eval(), torch.randn(2, 3, 8, 8)
     result, coupling = fxprune.prune(model, x, channels=0.5), fxprune.analyze(model, x)
     fxprune.verify(model, result, x)

@@ -166,7 +166,7 @@ def test_ways() -> None:
 
 
 def test_a_way_that_fails_is_not_known() -> None:
-    """A branch that fails may work for another example, unlike one that the model refuses itself."""
+    """A branch that fails may work for another example, unlike one that the model refuses."""
 
     def fails(model: Any, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else x.view(3)

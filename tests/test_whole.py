@@ -62,8 +62,9 @@ def randomised(model: nn.Module) -> nn.Module:
 
 @functools.cache
 def halved(family: Family) -> tuple[nn.Module, Any]:
-    """A family's model and its `Pruned` at half the channels. Shared between tests: copy before
-    you change it.
+    """Return a family's model and its ``Pruned`` at half the channels.
+
+    Tests share both objects, so copy them before you change them.
     """
     torch.manual_seed(0)
     model = randomised(family.build())
