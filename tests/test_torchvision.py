@@ -44,9 +44,7 @@ def test_every_model_is_covered() -> None:
 
 @pytest.mark.parametrize("case", [_parameter(case) for case in CASES.values()])
 def test_prunes_exactly(case: Case, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """At half the channels, the model equals its masked original and has less than half the
-    parameters.
-    """
+    """At half the channels, it equals its masked original and is less than half as large."""
     model = case.build()
     # the test processes of a run share this folder
     alone = filelock.FileLock(tmp_path_factory.getbasetemp().parent / "giants.lock")
