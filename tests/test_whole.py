@@ -162,9 +162,7 @@ def test_zoo_trains(case: Case) -> None:
 
 
 def check_identity(model: nn.Module, inputs: Any, tolerance: float) -> None:
-    """Check that at ``channels=1.0`` the emitted model trains like ``model``, random numbers
-    included.
-    """
+    """Check that at full width the emitted model trains like ``model``, including random draws."""
     pruned = fxprune.prune(model, inputs, channels=1.0).model
     assert count(pruned) == count(model)
     model.train(), pruned.train()
@@ -226,9 +224,7 @@ def test_mode_is_kept(training: bool) -> None:
 
 
 def check_names(model: nn.Module, pruned: nn.Module, composite: bool) -> None:
-    """Check that the state dict has the original's names and tensors of the same rank, none
-    larger.
-    """
+    """Check that tensors keep their names and ranks, and that none is larger than before."""
     original, emitted = model.state_dict(), pruned.state_dict()
     assert set(emitted) <= set(original), set(emitted) - set(original)
     assert composite or set(emitted) == set(original), set(original) - set(emitted)

@@ -174,9 +174,7 @@ def between(function: Callable[[Tensor], Tensor], width: int = 6, out: int = 6) 
 
 
 class Stream(nn.Module):
-    """A convolution from a residual stream to itself, so that both of its axes hold the same
-    units.
-    """
+    """A convolution from a residual stream to itself: both of its axes hold the same units."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,9 +214,7 @@ def test_units_that_are_read_more_often_than_others_are_of_another_kind() -> Non
 
 
 def test_an_axis_of_two_labellings_is_their_product() -> None:
-    """Every unit occurs twice, and the two copies are pruned as well: the layer reads n m
-    channels.
-    """
+    """Every unit occurs twice, and the two copies can be pruned: there are n m channels."""
     costs = between(
         lambda x: x.unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(x.shape[0], -1, 4, 4), out=12
     )
@@ -228,9 +224,7 @@ def test_an_axis_of_two_labellings_is_their_product() -> None:
 
 
 def test_blocks_count_once_for_each() -> None:
-    """Both sides of a convolution with three groups: n and m units per group are 3 n and 3 m
-    channels.
-    """
+    """A convolution of three groups has n and m units per group, on 3 n and 3 m channels."""
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 9, 1, groups=3), nn.Conv2d(9, 5, 1))
     costs = Costs(fxprune.analyze(model, torch.randn(2, 3, 4, 4)))
     assert [pool.units.shape for pool in costs.pools] == [(3, 2), (3, 3)]

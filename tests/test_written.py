@@ -167,9 +167,7 @@ def test_the_user_keeps_weights_that_python_writes(write: Callable[[Any, Tensor]
 
 
 def test_undone() -> None:
-    """Writes are undone, also those through views and lists; tensors that are not written to are
-    not copied.
-    """
+    """Writes are undone, also through views and lists; unwritten tensors are not copied."""
     held = {
         "a": torch.ones(4),
         "b": nn.Parameter(torch.ones(4)),
