@@ -195,7 +195,7 @@ CASES = [
 
 
 class Reduced(nn.Module):
-    """Applies a function to features, and a layer to the features or the function's result."""
+    """A layer and a function that read the same features, or the layer after the function."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ def test_literals(name: str, channels: float) -> None:
 
 
 class TwoModes(nn.Module):
-    """Like GoogLeNet, it has an auxiliary head in training, and another nesting of the output.
+    """A model like GoogLeNet: in training, another head and another nesting of the output.
 
     One layer is never called.
     """
@@ -236,7 +236,7 @@ def test_torchscript_reads_it() -> None:
 
 
 class WritesIntoACopy(nn.Module):
-    """Writes into a reshaped tensor that is a copy, so that nothing else sees the write.
+    """A write into a reshaped tensor that is a copy, so that nothing else sees the write.
 
     The features have channels last in memory, so flattening them copies them.
     """
@@ -274,7 +274,7 @@ def test_a_copy_stays_one_where_one_channel_is_left() -> None:
 
 
 class Squeezes(nn.Module):
-    """Squeezes spatial axes, and with them a batch axis of size one."""
+    """A squeeze of the spatial axes that also drops a batch axis of size one."""
 
     def __init__(self, gate: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()

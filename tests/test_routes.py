@@ -27,7 +27,7 @@ ONE = torch.float64
 
 
 class Trained(nn.Module):
-    """Does more in training: another head, another order of parts, several groups of queries."""
+    """A model that does more in training: another head, another order of parts, more queries."""
 
     def __init__(self, more: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def test_what_only_training_does_is_followed(name: str) -> None:
 
 
 class Targets(Trained):
-    """Cannot be called in training without targets."""
+    """A model that cannot be called in training without targets."""
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
         h = self.a(self.first(opaque(x)))
@@ -118,7 +118,7 @@ def test_targets_cost_nothing_where_training_calls_what_evaluation_calls() -> No
 
 
 class Drops(nn.Module):
-    """Skips a layer at random in training."""
+    """A model that skips a layer at random in training."""
 
     def __init__(self, chance: Callable[[], Any]) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ def test_what_python_decides_by_chance_fits_either_way(name: str) -> None:
 
 
 class Alternates(Drops):
-    """Skips a layer in every other call."""
+    """A model that skips a layer in every other call."""
 
     def __init__(self) -> None:
         super().__init__(lambda: None)

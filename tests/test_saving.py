@@ -456,7 +456,7 @@ def state_of(folder: Path) -> str:
 
 
 class KilledError(BaseException):
-    """Stands for the end of the process, after which nothing can be cleaned up."""
+    """The simulated end of the process, after which nothing can be cleaned up."""
 
 
 STEPS = [(os, "replace"), (os, "fsync"), (os, "rmdir")]
@@ -703,7 +703,7 @@ def test_a_result_that_someone_put_together(tmp_path: Path) -> None:
 
 
 class TwoPaths(nn.Module):
-    """Has another output in training, a region without gradients, and a branch by size."""
+    """Another output in training, a region without gradients, and a branch by size."""
 
     def __init__(self) -> None:
         super().__init__()

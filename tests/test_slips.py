@@ -410,7 +410,7 @@ def required(public: Any) -> list[str]:
 
 @pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)
 def test_a_call_without_its_arguments(public: Any) -> None:
-    """The error is one of Python's and of fxprune's, and unknown names are reported."""
+    """The error is a ``TypeError`` of Python and an error of fxprune; unknown names are named."""
     with pytest.raises(SignatureError, match="missing"):
         public()
     with pytest.raises(TypeError, match=r"unexpected keyword.*nowhere"):

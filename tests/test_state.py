@@ -76,7 +76,7 @@ def moves_a_constant(m: Any, x: Tensor) -> Tensor:
 
 
 class Same(torch.autograd.Function):
-    """Return a copy of the input."""
+    """A copy of the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def test_what_changes_the_next_call_is_in_no_graph(
 
 
 class Queue(nn.Module):
-    """Keeps features of past calls in a ring buffer.
+    """A ring buffer of features from past calls.
 
     Its position is read and then written in the same call.
     """
@@ -276,7 +276,7 @@ def test_constants_count_by_value() -> None:
 
 
 class Cached(nn.Module):
-    """Two convolutions, and between them a table is added that is kept between calls."""
+    """Two convolutions, and between them a table that is kept between calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -336,7 +336,7 @@ class BufferThatGrows(Cached):
 
 
 class ShareOfLongest(Cached):
-    """A shorter input reads other values than it would compute."""
+    """A table in which a shorter input reads other values than it would compute."""
 
     def between(self, x: Tensor) -> Tensor:
         if self.table is None or self.table.size(0) < x.size(-1):
@@ -416,7 +416,7 @@ def test_a_table_that_the_original_would_not_compute_again_is_kept(kind: type[Ca
 
 
 class Shows(nn.Module):
-    """The last layer stores its input and a size in attributes that it does not read."""
+    """A model whose last layer stores its input and a size in attributes that it does not read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -665,7 +665,7 @@ def test_parameters_of_the_model_are_its_own_again() -> None:
 
 
 class Marks(nn.Module):
-    """Sets an attribute on an inner tensor, and on the tensor that it returns.
+    """A model that sets an attribute on an inner tensor and on the one it returns.
 
     Only the second one can be seen by the caller.
     """

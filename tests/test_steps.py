@@ -147,7 +147,7 @@ def test_a_run_does_not_go_on_with_what_another_left(name: str, tmp_path: Path) 
 
 
 def test_the_same_run_is_known_in_another_process(tmp_path: Path) -> None:
-    """Modules in ``keep=``, functions and loaders have other addresses in another process.
+    """Modules, functions and loaders have other addresses in another process.
 
     Numbers may be NumPy's.
     """
@@ -193,7 +193,7 @@ def test_what_cannot_be() -> None:
 
 
 class OfImages(nn.Module):
-    """Takes one argument that is a list of images, as a detector does."""
+    """A model whose only argument is a list of images, as in a detector."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 class Python(Net):
-    """Cannot be traced as one graph, because Python reads a value of the input."""
+    """A model that cannot be traced as one graph, because Python reads a value of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         if bool((x > 100).any()):
@@ -52,7 +52,7 @@ class Python(Net):
 
 
 class Threaded(Net):
-    """Computes in threads that it starts itself.
+    """A model that computes in threads that it starts itself.
 
     With ``asks``, Python has read a value of the input before.
     """

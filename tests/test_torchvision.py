@@ -1,7 +1,6 @@
 """Every torchvision model outside detection and optical flow is pruned exactly.
 
-fxprune has no code for any of them. 16#: At ``channels=0.5``, a weight keeps a quarter of its
-elements if both axes shrink, and half if only one does (the classifier).
+fxprune has no code for any of them.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from torchvision import models
 import fxprune
 from tests.torchvision_models import CASES, EXCLUDED_MODULES, Case, parameter_count
 
-#: At ``channels=0.5`` a weight keeps a quarter if both of its axes shrink, a half if only one does
-#: (the classifier).
+#: At ``channels=0.5``, a weight keeps a quarter of its elements if both axes shrink, and half of
+#: them if only one does (the classifier).
 MOST_LEFT = 0.46
 LARGEST_ERROR = 1e-9
 
@@ -44,7 +43,7 @@ def test_every_model_is_covered() -> None:
 
 @pytest.mark.parametrize("case", [_parameter(case) for case in CASES.values()])
 def test_prunes_exactly(case: Case, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """At half the channels, it equals its masked original and is less than half as large."""
+    """At half the channels, a model equals its masked original and is less than half as large."""
     model = case.build()
     # the test processes of a run share this folder
     alone = filelock.FileLock(tmp_path_factory.getbasetemp().parent / "giants.lock")

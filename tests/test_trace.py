@@ -370,7 +370,7 @@ def test_tensors_that_are_plain_attributes() -> None:
 
 
 class Remembers(nn.Module):
-    """Keeps a table for the last size and, with ``memory``, its last result."""
+    """A convolution and a table for the last size; with ``memory`` also the last result."""
 
     def __init__(self, buffer: bool, memory: bool) -> None:
         super().__init__()
@@ -425,7 +425,7 @@ def test_what_forward_remembers_for_its_next_call_is_in_no_graph(buffer: bool) -
 
 
 class Doubled(torch.autograd.Function):
-    """Doubles the input, and triples its gradient."""
+    """Twice the input, with three times its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -496,7 +496,7 @@ def gate_in_place(x: Tensor) -> Tensor:
 
 
 class Checkpointed(nn.Module):
-    """Overwrites a tensor that sigmoid saves for its gradient; the backward pass recomputes it."""
+    """A checkpoint in which ``activation`` may overwrite what is saved for the gradient."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -726,7 +726,7 @@ def test_sizes_stay_symbolic(function: Callable[..., Any]) -> None:
 
 
 class Nested(nn.Module):
-    """Takes a dict that contains a list, and an option."""
+    """A model that takes a dict with a list in it, and an option."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -961,7 +961,7 @@ def test_generators_of_a_model_stand_afterwards_where_they_stood() -> None:
 
 
 class OwnGenerator(nn.Module):
-    """Draws from a generator that is an attribute."""
+    """A model that draws from a generator in one of its attributes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -648,7 +648,7 @@ def test_nobody_elses_random_numbers_are_touched() -> None:
 
 
 class Looked(nn.Module):
-    """Looks up table rows by a difference of two integers in the input."""
+    """A lookup of table rows by the difference of two integers in the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -854,7 +854,7 @@ def test_small_outputs_are_compared(scale: float) -> None:
 
 
 class Amplified(nn.Module):
-    """Scales a difference that is only rounding, of two orders of one product, to length one."""
+    """A rounding difference between two orders of one product, scaled to length one."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
@@ -904,7 +904,7 @@ def test_the_proof_leaves_weights_as_they_are(randomize: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_gradients_are_those_without_a_mode_that_looks_on() -> None:
-    """torch crashes if it computes gradients of second derivatives under a dispatch mode."""
+    """PyTorch crashes if it computes gradients of second derivatives under a dispatch mode."""
 
     class Curved(nn.Module):
         def __init__(self) -> None:
@@ -983,7 +983,7 @@ def with_a_failing_assertion(graph: fx.Graph) -> fx.Graph:
 
 
 class Hides(nn.Module):
-    """Has parameters that do not affect the output."""
+    """A model with parameters that do not affect the output."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -381,7 +381,7 @@ def test_numbers_of_weights_in_code_that_can_turn(code: Any) -> None:
 
 
 class Drops(nn.Module):
-    """Skips a layer at random in training."""
+    """A model that skips a layer at random in training."""
 
     def __init__(self) -> None:
         super().__init__()
