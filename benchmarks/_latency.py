@@ -51,21 +51,21 @@ def parser(description: str | None, models: Sequence[str] = MODELS) -> argparse.
     made.add_argument(
         "--precisions",
         type=common.names,
-        help=f"of {', '.join(PRECISIONS)}; default: bf16 on a GPU, fp32 on a CPU",
+        help=f"names from {', '.join(PRECISIONS)}; default: bf16 on a GPU, fp32 on a CPU",
     )
     made.add_argument(
         "--modes",
         type=common.names,
-        help=f"of {', '.join(MODES)}; default: eager and compiled on a GPU, eager on a CPU",
+        help=f"names from {', '.join(MODES)}; default: eager,compiled on a GPU, eager on a CPU",
     )
     made.add_argument(
-        "--batches", type=common.numbers, help="default: 1,256 on a GPU and 1,8 on a CPU"
+        "--batches", type=common.numbers, help="batch sizes; default: 1,256 on a GPU, 1,8 on a CPU"
     )
     made.add_argument("--rounds", type=int, default=7, help="how often the models take turns")
     made.add_argument("--seconds", type=float, default=0.2, help="about how long each turn lasts")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument(
-        "--quick", action="store_true", help="small images, two models, batch 1 and 4"
+        "--quick", action="store_true", help="small images, two models, batches of 1 and 4"
     )
     return made
 
@@ -119,12 +119,14 @@ def time_all(
         }
         try:
             row |= fitting(models, inputs, setting, found)
-            said = "  ".join(
+            summary = "  ".join(
                 f"{name} {latency['ms']:.3f} ms" for name, latency in row["latency"].items()
             )
         except Exception as error:
-            said = row["error"] = common.one_line(error)
-        print(f"  {setting.precision} {setting.mode:9} batch {row['batch']:4}  {said}", flush=True)
+            summary = row["error"] = common.one_line(error)
+        print(
+            f"  {setting.precision} {setting.mode:9} batch {row['batch']:4}  {summary}", flush=True
+        )
         rows.append(row)
         torch._dynamo.reset()
     return rows
@@ -157,7 +159,7 @@ def fitting(
                 "latency": {name: as_record(latency) for name, latency in measured.items()},
             }
         batch //= 2  # after the except block, because the error keeps the tensors alive
-        print(f"  out of memory: the batch is {batch} now", flush=True)
+        print(f"  out of memory: trying a batch of {batch}", flush=True)
         torch.cuda.empty_cache()
 
 
@@ -278,7 +280,7 @@ def _setting(row: common.Record) -> tuple[str, str, int]:
 def page(results: common.Record, title: str, text: Sequence[str], *blocks: str) -> str:
     """Return a Markdown page: title, command, explanation, machine and tables."""
     accelerator = results["machine"]["accelerator"]
-    where = f"on the GPU ({accelerator})" if accelerator else "on the CPU (no GPU was there)"
+    where = f"on the GPU ({accelerator})" if accelerator else "on the CPU (no GPU was used)"
     memory = (
         "Memory that a call frees is kept for the next one."
         if results["settings"].get("keeps_memory")

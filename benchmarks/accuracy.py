@@ -116,10 +116,10 @@ def _ablation() -> dict[str, str]:
         "all three": "cpmc",
         "value, own filter only": f"cpmc:{alpha}:{no_cost}:{no_parameters}:roles=own+scale",
         "all three, own filter only": "cpmc:roles=own+scale",
-        "all three, costs as much as the value": "cpmc:beta=1:gamma=1",
-        "all three, whatever the group weighs": "cpmc:weigh_groups=0",
-        "all three, by the group's mean": "cpmc:by=mean",
-        "all three, by the group's largest": "cpmc:by=max",
+        "all three, costs weighted like the value": "cpmc:beta=1:gamma=1",
+        "all three, without group weights": "cpmc:weigh_groups=0",
+        "all three, divided by the group's mean": "cpmc:by=mean",
+        "all three, divided by the group's maximum": "cpmc:by=max",
         "all three, roots of the sums of squares": "cpmc:of=roots",
         "all three, sums of magnitudes": "cpmc:of=magnitudes",
     }
@@ -132,13 +132,13 @@ class Variant(CPMC):
     The defaults were compared with these variants.
     """
 
-    by: str = "seats"
+    by: str = "proportional"
     of: str = "squares"
 
     def __call__(self, view: UnitView) -> Tensor:
         value = view.sum(torch.abs if self.of == "magnitudes" else torch.square, self.roles)
         value = value.sqrt() if self.of == "roots" else value
-        if self.by == "seats":
+        if self.by == "proportional":
             return value / value.mean() * self._group_weight(view) / share_left(value, view.blocks)
         return value / {"max": value.max, "mean": value.mean}[self.by]().clamp_min(
             torch.finfo(value.dtype).tiny
@@ -466,6 +466,20 @@ def key_of(setting: Setting, name: str = "", removed: float = 0.0) -> str:
     return f"{shown} {described} {removed:g}" if name else f"{shown}"
 
 
+_OLD_NAMES = {"standing=": "weigh_groups=", "by='seats'": "by='proportional'"}
+"""Earlier names of settings in the keys of stored rows, and their present names."""
+
+
+def with_present_names(rows: common.Record) -> common.Record:
+    """Return stored rows under the keys that :func:`key_of` gives them now."""
+    renamed = {}
+    for key, row in rows.items():
+        for old, new in _OLD_NAMES.items():
+            key = key.replace(old, new)
+        renamed[key] = row
+    return renamed
+
+
 def _worker(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
@@ -671,7 +685,7 @@ def report(record: common.Record, table: Table) -> str:
         f"# Accuracy after pruning: {options.data}"
         + (f", {options.about}" if options.about else ""),
         "",
-        f"Percent of the {part} part that is right, mean ± standard deviation over "
+        f"Accuracy on the {part} part in percent, mean ± standard deviation over "
         f"{len(options.seeds)} seeds ({', '.join(map(str, options.seeds))}); {options.epochs} "
         f"epochs of training, {options.finetune} of fine-tuning, images of {options.size} x "
         f"{options.size} pixels. The best mean of a column is bold.",
@@ -684,14 +698,16 @@ def report(record: common.Record, table: Table) -> str:
         lines += ["", f"## {network}", "", f"Dense: {_spread(table.dense(network, part))}."]
         gaps = table.whole(network)
         if gaps:
-            lines.append(f"MACs left: the share asked for {min(gaps):+.3f} to {max(gaps):+.3f}.")
+            lines.append(
+                f"Share of MACs left minus the budget: {min(gaps):+.3f} to {max(gaps):+.3f}."
+            )
         for when in moments:
             lines += ["", f"{_WHEN[when].capitalize()}:", ""]
             lines.append(table.markdown(network, when, part))
         if len(options.seeds) > 1 and len(options.shown) > 1:
             what = (
-                f"{next(iter(options.shown))} less each of the others, seed by seed, "
-                f"{_WHEN[moments[-1]]}"
+                f"Lead of `{next(iter(options.shown))}` over each other criterion "
+                f"{_WHEN[moments[-1]]}, compared per seed"
             )
             lines += [
                 "",
@@ -743,7 +759,7 @@ def plot(table: Table, network: str) -> None:
                 markersize=4,
                 capsize=2,
             )
-        axis.set_xlabel("MACs left, % of the dense network's")
+        axis.set_xlabel("MACs left, % of the dense network")
         axis.set_title(
             {
                 "before": "right after pruning",
@@ -787,14 +803,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--networks",
         type=common.names,
-        help=f"of {', '.join(NETWORKS)}; default: {','.join(DEFAULT_NETWORKS)}",
+        help=f"names from {', '.join(NETWORKS)}; default: {','.join(DEFAULT_NETWORKS)}",
     )
     parser.add_argument(
         "--data",
         choices=_data.DATA,
         help="default: cifar10 with --data-dir, else digits, else textures",
     )
-    parser.add_argument("--data-dir", help="folder of torchvision's CIFAR, where it lies already")
+    parser.add_argument(
+        "--data-dir", help="torchvision's root folder for CIFAR, which is not downloaded"
+    )
     parser.add_argument("--size", type=int, help="height and width of an image")
     parser.add_argument(
         "--criteria", type=common.names, help=f"default: {','.join(CRITERIA)} and torch-pruning's"
@@ -805,48 +823,54 @@ def _options() -> argparse.Namespace:
         help="shares of the MACs to remove; default: 0.3,0.5,0.7,0.85",
     )
     parser.add_argument("--seeds", type=common.numbers, help="default: 0,1,2")
-    parser.add_argument("--epochs", type=int, help="of training; default 30 (160 with --full)")
     parser.add_argument(
-        "--finetune", type=int, help="epochs after pruning; default 6 (40 with --full); 0: none"
+        "--epochs", type=int, help="epochs of training; default: 30 (160 with --full)"
     )
     parser.add_argument(
-        "--rate", type=float, default=0.1, help="first learning rate of the training"
+        "--finetune",
+        type=int,
+        help="epochs of fine-tuning; default: 6 (40 with --full); 0 for none",
+    )
+    parser.add_argument(
+        "--rate", type=float, default=0.1, help="initial learning rate of training"
     )
     parser.add_argument(
         "--ablation",
         action="store_true",
-        help="parts of CPMC in the place of criteria, on the validation part",
+        help="compare variants of CPMC, on the validation part",
     )
     parser.add_argument(
-        "--compensation", action="store_true", help="a few criteria without and with compensation"
+        "--compensation",
+        action="store_true",
+        help="compare a few criteria with and without compensation",
     )
     parser.add_argument(
         "--judge",
         choices=PARTS,
-        help="the part in the tables and plots; default: test (--ablation: validation)",
+        help="the part shown in tables and plots; default: test (validation with --ablation)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="one network, one seed, two budgets, few epochs"
     )
     parser.add_argument(
-        "--full", action="store_true", help="the paper's networks, image size and epochs"
+        "--full", action="store_true", help="the papers' networks, image size and epochs"
     )
     parser.add_argument(
         "--again",
         type=common.names,
         default=(),
-        help="measure these criteria again; all: all of them",
+        help="criteria to measure again, or all",
     )
     parser.add_argument(
         "--cache",
         default=str(Path(tempfile.gettempdir()) / "fxprune-accuracy"),
-        help="folder of trained weights",
+        help="folder for trained weights",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--workers", type=int, help="processes; default: one per core, or 1 on a GPU"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--stem", help="name of the results; default: accuracy_<data>")
     options = parser.parse_args()
     _fill(options)
@@ -925,7 +949,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers end too
     common.RESULTS.mkdir(parents=True, exist_ok=True)
     path = common.RESULTS / f"{options.stem}.json"
-    rows = common.read(options.stem).get("rows", {})
+    rows = with_present_names(common.read(options.stem).get("rows", {}))
     again = set(options.shown.values()) if "all" in options.again else set(options.again)
     where = Where(options.cache, options.data_dir, options.device)
     settings = [

@@ -79,14 +79,14 @@ def report(results: common.Record) -> str:
         header += [f"{label}, ms (floor)", "of dense"]
     settings = results["settings"]
     text = [
-        "Milliseconds per batch, medians of models that take turns; in brackets what the "
-        "multiply-accumulates and bytes take at",
-        f"the device's own measured rates. Widths are multiples of {settings['round_to']}; all "
-        "models in their inference form,",
-        f"channels-last, at {settings['size']} resolution.",
+        "Milliseconds per batch: medians over rounds in which the models take turns. In brackets "
+        "is the time that the",
+        "multiply-accumulates and bytes need at the measured rates of the device. Widths are "
+        f"multiples of {settings['round_to']}. All models",
+        f"are in their inference form, channels-last, at {settings['size']} resolution.",
     ]
     table = common.markdown_table(["model", *labels], left)
-    left_over = f"Left of the multiply-accumulates / parameters:\n\n{table}"
+    left_over = f"Shares left of multiply-accumulates / parameters:\n\n{table}"
     return shared.page(
         results,
         "Latency of dense and pruned models",
@@ -103,10 +103,10 @@ def main() -> None:
         "--removed",
         type=common.shares,
         default=(0.3, 0.5, 0.7),
-        help="shares of the MACs; default 0.3,0.5,0.7",
+        help="shares of the MACs to remove; default: 0.3,0.5,0.7",
     )
     made.add_argument(
-        "--round-to", type=int, default=8, help="keep multiples of this many channels"
+        "--round-to", type=int, default=8, help="keep multiples of this many channels; default: 8"
     )
     shared.run(
         shared.options(made), "latency", measure, report, alike=("removed", "round_to", "quick")

@@ -116,14 +116,14 @@ def measure(name: str, found: argparse.Namespace) -> common.Record:
                     dense, inputs, time_left.after / time_left.before, setting, found
                 )
                 row["by macs"] = kept(dense, inputs, counted) | {"left": left}
-                said = ", ".join(
+                summary = ", ".join(
                     f"{by} {row[by]['importance']:.3f}" for by in ("by latency", "by macs")
                 )
             except Exception as error:
-                said = row["error"] = common.one_line(error)
+                summary = row["error"] = common.one_line(error)
             print(
                 f"  {setting.precision} {setting.mode} batch {setting.batch} latency={share}: "
-                f"{said}",
+                f"{summary}",
                 flush=True,
             )
             rows.append(row)
@@ -155,7 +155,7 @@ def report(results: common.Record) -> str:
         "dense, ms",
         "forecast",
         "measured",
-        "off by",
+        "forecast error",
         "latency left",
         "MACs left",
         "parameters left",
@@ -163,13 +163,13 @@ def report(results: common.Record) -> str:
         "seconds",
     ]
     text = [
-        "Deployed models, milliseconds per batch, lower quartiles of forms that take turns. "
-        "Pairs are: by the latency budget / by",
-        "the budget of multiply-accumulates that leaves as much of the latency. *Seconds*: of "
-        "`prune(latency=)`, with all that it",
-        "measures.",
+        "Deployed models, milliseconds per batch: lower quartiles over rounds in which the models "
+        "take turns. In each pair, the",
+        "first figure is for the latency budget, the second for the budget of "
+        "multiply-accumulates that leaves the same latency.",
+        "*Seconds* is the time of `prune(latency=)`, including its measurements.",
     ]
-    title = "A latency budget against a budget of multiply-accumulates"
+    title = "A latency budget compared with a budget of multiply-accumulates"
     return shared.page(results, title, text, common.markdown_table(header, rows))
 
 
@@ -180,7 +180,7 @@ def main() -> None:
         "--shares",
         type=common.shares,
         default=(0.7, 0.5),
-        help="of the dense model's latency; default: 0.7,0.5",
+        help="shares of the dense model's latency to keep; default: 0.7,0.5",
     )
     found = shared.options(made, MODELS)
     shared.run(found, "latency_budget", measure, report, alike=("quick", "shares"))

@@ -159,14 +159,15 @@ def report(results: common.Record) -> str:
         "graph / class",
     ]
     text = [
-        "Milliseconds per batch, medians of forms that take turns. *Plain*: torchvision's class "
-        "at the pruned widths,",
-        f"normalisations folded; *class*: the same as it trains; the aim is {AIM} at most. "
-        "Medians of",
-        f"{results['settings']['repeats']} repetitions on new copies: where one lies in memory "
-        "makes several percent.",
+        "Milliseconds per batch: medians over rounds in which the forms take turns. *Plain* is "
+        "torchvision's class at the pruned",
+        "widths with folded normalisations, *class* the same class in its form for training. The "
+        f"aim is a ratio of at most {AIM}.",
+        f"The figures are medians of {results['settings']['repeats']} repetitions on new copies, "
+        "because the place of a copy in memory changes its",
+        "time by several percent.",
     ]
-    title = "Pruned graphs against the same networks written by hand"
+    title = "Pruned graphs compared with the same networks written by hand"
     return shared.page(results, title, text, common.markdown_table(header, rows))
 
 

@@ -182,17 +182,22 @@ def report(results: common.Record) -> str:
         *(f"{tool}, of dense" for tool in TOOLS[1:]),
     ]
     text = [
-        f"Both to {settings['macs']} of the dense model's (within {settings['tolerance']:.0%} "
-        "where the widths allow), widths",
-        f"rounded to {settings['round_to']}; as the tools give them, channels-last, medians in "
-        "milliseconds per batch.",
+        f"Both tools prune to {settings['macs']} of the dense model's MACs (within "
+        f"{settings['tolerance']:.0%} if the widths allow it), with widths",
+        f"rounded to {settings['round_to']}. The models are timed as the tools return them, "
+        "channels-last. Times are medians, in milliseconds",
+        "per batch.",
     ]
     pruned = common.markdown_table(
-        ["model", "by", "channels kept", "MMACs", "of dense", "M parameters"], costs
+        ["model", "tool", "channels kept", "MMACs", "of dense", "M parameters"], costs
     )
     title = "Latency of fxprune and torch-pruning at equal multiply-accumulates"
     return shared.page(
-        results, title, text, common.markdown_table(header, rows), f"What was pruned:\n\n{pruned}"
+        results,
+        title,
+        text,
+        common.markdown_table(header, rows),
+        f"Costs of the models:\n\n{pruned}",
     )
 
 
@@ -206,7 +211,7 @@ def main() -> None:
         help="share of the dense model's MACs that both tools must reach",
     )
     made.add_argument(
-        "--tolerance", type=float, default=0.02, help="how far from it is near enough"
+        "--tolerance", type=float, default=0.02, help="accepted relative deviation from --macs"
     )
     made.add_argument(
         "--round-to",

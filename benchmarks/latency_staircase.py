@@ -98,12 +98,12 @@ def report(results: common.Record) -> str:
         "narrowest, ms",
         "widest, ms",
         "mean, ms",
-        "largest fall for a wider one",
+        "largest drop for a wider layer",
     ]
-    picture = f"![latency against width]({results['stem']}.png)"
+    picture = f"![latency by width]({results['stem']}.png)"
     return shared.page(
         results,
-        "Latency of layers against their width",
+        "Latency of layers by width",
         [],
         common.markdown_table(header, rows),
         picture,
@@ -132,7 +132,7 @@ def plot(results: common.Record) -> None:
         axis.set_title(f"{name}, {LAYERS[name][0]}")
         axis.set_xlabel("width")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("latency, of the widest")
+    axes[0][0].set_ylabel("latency / latency of the widest")
     axes[0][0].legend(fontsize=7)
     figure.savefig(
         common.RESULTS / f"{results['stem']}.png",
@@ -146,7 +146,7 @@ def plot(results: common.Record) -> None:
 def main() -> None:
     """Read the command line, measure each layer, and write the results after each one."""
     made = shared.parser(__doc__, tuple(LAYERS))
-    made.add_argument("--step", type=int, default=4, help="how far apart widths are")
+    made.add_argument("--step", type=int, default=4, help="difference between neighbouring widths")
     found = shared.options(made, tuple(LAYERS), LAYERS)
     shared.run(found, "latency_staircase", measure, report, alike=("quick", "step"), plot=plot)
 

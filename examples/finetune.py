@@ -853,61 +853,70 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="with train and val, one folder per class in each",
+        help="holds train and val, with one folder per class in each",
     )
     add(
         "--out",
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="for last.pt, metrics.json and pruned/; made if missing",
+        help="for last.pt, metrics.json and pruned/; created if missing",
     )
-    add("--resume", action="store_true", help="go on after the last complete epoch in --out")
+    add("--resume", action="store_true", help="continue after the last complete epoch in --out")
     add(
         "--stop-after-epoch",
         type=_count,
         metavar="N",
-        help="end there, for --resume; the schedule stays that of --epochs",
+        help="stop after epoch N, for --resume; the schedule still covers --epochs",
     )
     add(
         "--seed",
         type=int,
         default=0,
-        help="of new layers, the order of the images and their crops",
+        help="seed of new layers, the order of images and their crops; default: 0",
     )
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda (nccl) or cpu (gloo)",
     )
-    add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun; default: ddp")
+    add(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        default="ddp",
+        help="how torchrun's processes share the model; default: ddp",
+    )
     add(
         "--workers",
         type=_whole,
         default=_cores(),
         metavar="N",
-        help="processes that read images, beside each that trains",
+        help="processes that read images for each training process",
     )
     add(
         "--print-every",
         type=_whole,
         default=100,
         metavar="N",
-        help="batches between losses on stderr; 0: none",
+        help="print the loss to stderr every N batches; 0 for never",
     )
-    _add_pruning(made.add_argument_group("what is pruned").add_argument)
-    _add_training(made.add_argument_group("how it is trained").add_argument)
+    _add_pruning(made.add_argument_group("pruning").add_argument)
+    _add_training(made.add_argument_group("training").add_argument)
     _add_images(made.add_argument_group("images").add_argument)
     return made
 
 
 def _add_pruning(add: Callable[..., object]) -> None:
-    add("--weights", metavar="NAME", help="torchvision's weights, as DEFAULT (downloads)")
+    add(
+        "--weights",
+        metavar="NAME",
+        help="weights of torchvision, such as DEFAULT (downloads them)",
+    )
     add(
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="a state dict: .safetensors, or .pt, of which no code is run",
+        help="a state dict: .safetensors, or .pt, which is read without running code",
     )
     for name, what in (
         ("macs", "multiply-accumulates"),
@@ -918,27 +927,31 @@ def _add_pruning(add: Callable[..., object]) -> None:
             f"--{name}",
             type=_share,
             metavar="SHARE",
-            help=f"share of the {what} to keep; all budgets hold",
+            help=f"share of the {what} to keep; all given budgets must hold",
         )
     add(
         "--criterion",
         choices=sorted(CRITERIA),
         default="cpmc",
-        help="how important a unit is; default: cpmc",
+        help="measure of a unit's importance; default: cpmc",
     )
     add(
-        "--round-to", type=_count, default=1, metavar="N", help="groups keep a multiple of N units"
+        "--round-to",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="keep a multiple of N units in each group; default: 1",
     )
     add(
         "--saved",
         type=Path,
         metavar="FOLDER",
-        help="an earlier result instead, whose first model was MODEL",
+        help="read an earlier result, pruned from MODEL, instead",
     )
 
 
 def _add_training(add: Callable[..., object]) -> None:
-    add("--epochs", type=_count, default=30, help="default: 30")
+    add("--epochs", type=_count, default=30, help="epochs of training; default: 30")
     add(
         "--batch-size",
         type=_count,
@@ -951,48 +964,48 @@ def _add_training(add: Callable[..., object]) -> None:
         "--rate",
         type=_positive,
         default=0.02,
-        help="highest learning rate, for a whole step; default: 0.02",
+        help="highest learning rate of a step; default: 0.02",
     )
     add(
         "--warmup",
         type=_at_least_0,
         default=1.0,
         metavar="EPOCHS",
-        help="until it is reached, also 0.5; default: 1",
+        help="epochs until --rate is reached, may be a fraction; default: 1",
     )
-    add("--momentum", type=_at_least_0, default=0.9, help="default: 0.9")
+    add("--momentum", type=_at_least_0, default=0.9, help="momentum of SGD; default: 0.9")
     add(
         "--decay",
         type=_at_least_0,
         default=1e-4,
-        help="weight decay, not of biases and normalisations; default: 1e-4",
+        help="weight decay, except on biases and normalisations; default: 1e-4",
     )
-    add("--smoothing", type=_at_least_0, default=0.1, help="of the labels; default: 0.1")
-    add("--clip", type=_positive, metavar="NORM", help="largest norm of a step's gradient")
+    add("--smoothing", type=_at_least_0, default=0.1, help="label smoothing; default: 0.1")
+    add("--clip", type=_positive, metavar="NORM", help="clip the gradient of a step to this norm")
     add(
         "--distill",
         type=_share,
         metavar="ALPHA",
-        help="share of the loss that the dense model's outputs set",
+        help="share of the distillation from the dense model in the loss",
     )
     add(
         "--temperature",
         type=_positive,
         default=2.0,
         metavar="T",
-        help="that softens outputs to distill; default: 2",
+        help="temperature of distillation; default: 2",
     )
     add(
         "--ema",
         type=_share,
         metavar="DECAY",
-        help="average the weights, over about 1 / (1 - DECAY) steps",
+        help="average the weights over about 1 / (1 - DECAY) steps",
     )
     add(
         "--amp",
         choices=("bf16", "fp16", "none"),
         default="none",
-        help="mixed precision; fp16 scales the loss",
+        help="mixed precision; fp16 also scales the loss; default: none",
     )
 
 
@@ -1002,25 +1015,25 @@ def _add_images(add: Callable[..., object]) -> None:
         type=_count,
         default=224,
         metavar="PIXELS",
-        help="height and width; default: 224",
+        help="height and width of images; default: 224",
     )
     add(
         "--resize",
         type=_count,
         metavar="PIXELS",
-        help="shorter side before validation's crop; default: 8/7 of --image-size",
+        help="shorter side of validation images before their crop; default: 8/7 of --image-size",
     )
     add(
         "--augment",
         choices=sorted(AUGMENTATIONS),
         default="none",
-        help="RandAugment or TrivialAugment after the crop",
+        help="RandAugment or TrivialAugment after the crop; default: none",
     )
     add(
         "--channels-last",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="memory layout; default: channels last",
+        help="memory layout of images and weights; default: channels last",
     )
 
 
@@ -1201,8 +1214,8 @@ def started(options: argparse.Namespace, world: World, arguments: Sequence[str])
         run.dense.cpu()  # not needed again until the result is saved
     if world.first:
         print(
-            f"dense: {_said(run.metrics['dense'])}; pruned, before training: "
-            f"{_said(run.metrics['pruned'])}",
+            f"dense: {_as_text(run.metrics['dense'])}; pruned, before training: "
+            f"{_as_text(run.metrics['pruned'])}",
             flush=True,
         )
     return run
@@ -1276,14 +1289,14 @@ def one_epoch(run: Run, epoch: int) -> Record:
     seconds = round(time.perf_counter() - start, 1)
     if run.world.first:
         print(
-            f"epoch {epoch + 1} of {run.options.epochs}: loss {loss:.4f}, {_said(figures)}, "
+            f"epoch {epoch + 1} of {run.options.epochs}: loss {loss:.4f}, {_as_text(figures)}, "
             f"{seconds:.0f} s",
             flush=True,
         )
     return {"epoch": epoch + 1, "loss": loss, **figures, "rate": rate, "seconds": seconds}
 
 
-def _said(figures: Figures | None) -> str:
+def _as_text(figures: Figures | None) -> str:
     return (
         f"top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %"
         if figures

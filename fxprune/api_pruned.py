@@ -90,9 +90,10 @@ def verify(
 
     Examples
     --------
+    >>> import fxprune
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> x = torch.zeros(1, 3, 8, 8)
-    >>> verify(net, prune(net, x, channels=0.5), x).error < 1e-9
+    >>> fxprune.verify(net, fxprune.prune(net, x, channels=0.5), x).error < 1e-9
     True
     """
     options: dict[str, Any] = {
@@ -164,9 +165,10 @@ def compensate(
 
     Examples
     --------
+    >>> import fxprune
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> x = torch.randn(16, 3, 8, 8)
-    >>> compensate(net, prune(net, x, channels=0.5), [(x,)]).changed
+    >>> fxprune.compensate(net, fxprune.prune(net, x, channels=0.5), [(x,)]).changed
     ('2',)
     """
     if not isinstance(method, str) or method not in ("constants", "least_squares"):

@@ -1,1 +1,1 @@
-"""The tests of fxprune: one file per idea."""
+"""The tests of fxprune, one file per subject."""

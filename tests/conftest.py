@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.specs import profiles  # noqa: F401  registers the Hypothesis profiles before pytest looks one up
+# registers the Hypothesis profiles before pytest looks one up
+from tests.specs import profiles  # noqa: F401
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,13 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # small tensors: a thread per core costs more than it brings, and xdist has the cores
+    # tensors are small, so threads cost more than they gain, and xdist uses the cores
     torch.set_num_threads(1)
     if config.getoption("--fast"):
         settings.load_profile("fast")
 
 
-@pytest.hookimpl(trylast=True)  # when what is marked slow is gone already
+@pytest.hookimpl(trylast=True)  # after slow tests have been deselected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--fast"):
         return

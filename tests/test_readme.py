@@ -1,4 +1,4 @@
-"""The README says nothing that does not work."""
+"""Checks that code, commands and links in the README work."""
 
 import re
 import subprocess
@@ -55,7 +55,7 @@ def test_command_lines_use_options_that_exist():
     assert len(lines) >= 3
     for line in lines:
         command = line.split()[1]
-        # A wide terminal, so that the help does not fold option names.
+        # The terminal is wide, so that the help does not fold option names.
         help_text = (
             CliRunner()
             .invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
@@ -78,7 +78,7 @@ def test_example_is_importable_and_has_an_honest_split():
     assert len(train_images) == len(train_labels) == 1347
     assert len(test_images) == len(test_labels) == 450
     assert set(test_labels.tolist()) == set(range(10))
-    # The same split every time, and no test image among the training images.
+    # The split is the same every time, and no test image is among the training images.
     assert (digits.load_data()[1] == test_images).all()
     seen = {image.numpy().tobytes() for image in train_images}
     assert not any(image.numpy().tobytes() in seen for image in test_images)

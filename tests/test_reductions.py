@@ -1,9 +1,9 @@
-"""Reductions over a channel axis that shrinks: each gives what the original gives where removed
-channels are zeros, or is pinned.
+"""Reductions over a channel axis that is pruned.
 
-One row of the table is one spelling of one operation, on features of shape (batch, 12 channels, 3,
-4). ``pruned`` says whether the channels can go nevertheless; they cannot where a zero counts and
-nothing can make up for it (a minimum, an order, a softmax).
+Each reduction either gives what the original gives with removed channels set to zero, or pins the
+channels. A row of the table is one spelling of one operation, applied to features of shape (batch,
+12 channels, 3, 4). ``pruned`` says whether channels can be removed. They cannot if a zero affects
+the result and no correction is possible (a minimum, an ordering, a softmax).
 """
 
 import pickle
@@ -29,7 +29,7 @@ class Case:
     name: str
     function: Callable[[Tensor], Any]
     pruned: bool = True
-    norm: bool = False  # gives the features again: the next layer reads them
+    norm: bool = False  # returns features of the same shape, which the next layer reads
 
 
 def norm(name: str, function: Callable[[Tensor], Any]) -> Case:
@@ -49,7 +49,7 @@ def groups(x: Tensor, count: int = 3) -> Tensor:
 
 
 def evo_norm(x: Tensor) -> Tensor:
-    """EvoNorm-S0: over the standard deviation of each group."""
+    """Normalise as EvoNorm-S0 does, by the standard deviation of each group."""
     std = (groups(x).var(dim=(2, 3, 4), unbiased=False, keepdim=True) + 1e-5).sqrt()
     return (groups(x * torch.sigmoid(2 * x)) / std).reshape(x.shape)
 
@@ -90,11 +90,11 @@ CASES = [
     exact("aten.var.correction(x, [1])", lambda x: aten.var.correction(x, [1], correction=0)),
     exact("aten.var.dim(x, [1])", lambda x: aten.var.dim(x, [1], False)),
     held("x.var(1, correction=2)", lambda x: x.var(1, correction=2)),
-    # over what is not zero where it is removed
+    # reductions of values that are not zero for removed channels
     held("(x + 1).var(1)", lambda x: (x + 1).var(1)),
     held("x.exp().std(1)", lambda x: x.exp().std(1)),
     held("x.sigmoid().mean(1)", lambda x: x.sigmoid().mean(1)),
-    # deviations, and both at once
+    # standard deviations, and deviations or variances together with means
     exact("x.std(1)", lambda x: x.std(1)),
     exact("x.std()", lambda x: x.std()),
     exact("x.std(1, False, True)", lambda x: x.std(1, False, True)),
@@ -116,7 +116,7 @@ CASES = [
     exact("aten.mean.dim(x, [1])", lambda x: aten.mean.dim(x, [1])),
     exact("x.square().mean(1)", lambda x: x.square().mean(1)),
     held("torch.nanmean(x, 1)", lambda x: torch.nanmean(x, 1)),
-    # whole norms
+    # complete normalisations
     norm("normalised by var_mean", by_hand),
     norm("normalised by std", lambda x: x / (x.std(1, keepdim=True) + 1e-5)),
     norm("root mean square", lambda x: x * (x.pow(2).mean(1, keepdim=True) + 1e-6).rsqrt()),
@@ -147,7 +147,7 @@ CASES = [
     norm("F.normalize(x, 1, 1)", lambda x: F.normalize(x, 1, 1)),
     exact("x.count_nonzero(1)", lambda x: x.count_nonzero(1)),
     held("x.renorm(2, 0, 1.0)", lambda x: x.renorm(2, 0, 1.0)),
-    # what a zero changes
+    # operations whose result a zero changes
     held("x.amax(1)", lambda x: x.amax(1)),
     held("x.amin((1, 2))", lambda x: x.amin((1, 2))),
     held("x.max()", lambda x: x.max()),
@@ -186,7 +186,7 @@ CASES = [
     held("F.local_response_norm", lambda x: F.local_response_norm(x, 3)),
     held("torch.cov", lambda x: torch.cov(x[0].flatten(1))),
     held("torch.corrcoef", lambda x: torch.corrcoef(x[0].flatten(1).mT)),
-    # along an axis that stays, beside the one that goes
+    # along an axis that stays, next to the pruned one
     exact("x.amax(2)", lambda x: x.amax(2).sum(1)),
     exact("x.softmax(-1)", lambda x: (x.softmax(-1) * x).sum(1)),
     exact("x.var((2, 3))", lambda x: x.var((2, 3)).sum(1)),
@@ -195,7 +195,7 @@ CASES = [
 
 
 class Reduced(nn.Module):
-    """What a function of the features gives, beside a layer that reads them, or in between."""
+    """A layer and a function that read the same features, or the layer after the function."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class Reduced(nn.Module):
         )
 
 
-@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # where nothing can go
+@pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")  # some cases can remove nothing
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_zeros_count(case: Case) -> None:
     torch.manual_seed(0)
@@ -228,9 +228,7 @@ def test_zeros_count(case: Case) -> None:
 
 
 class Standardised(nn.Module):
-    """A convolution whose kernels are standardised at each call, over their inputs in ``count``
-    groups.
-    """
+    """A convolution whose kernels are standardised in each call, with ``count`` groups."""
 
     def __init__(self, count: int, how: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -269,7 +267,8 @@ def test_removed_inputs_count_in_a_standardised_weight(how: str, count: int) -> 
     reference = masked(model, pruned.model)
     weight = reference.get_parameter("b.weight")
     gone = weight.flatten(1).eq(0).all(1).nonzero().flatten()
-    with torch.no_grad():  # a zero filter over its own spread would be no number; it is not read
+    # a zero filter divided by its own deviation can be NaN, and no layer reads it
+    with torch.no_grad():
         weight[gone] = torch.randn_like(weight[gone])
         reference.get_parameter("c.weight")[:, gone] = 0
         assert relative_error(pruned.model(x), reference(x)) <= TOLERANCE
@@ -339,7 +338,7 @@ def test_the_deviation_of_zeros_has_a_gradient() -> None:
 
 
 class Scaled(torch.autograd.Function):
-    """Two fused norms in one node of the graph, the first over a constant."""
+    """Two fused norms in one node, the first over features, the second over a constant."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor) -> Any:

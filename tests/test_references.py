@@ -1,4 +1,4 @@
-"""Copies of what Python holds, with other objects in the places of some."""
+"""Copies of Python objects in which some objects are replaced by others."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_list_that_holds_itself() -> None:
 
 
 def test_a_copy_of_what_autograd_made_is_apart_from_it() -> None:
-    """An activation that a hook has kept of a step of training."""
+    """The copy of a tensor with a ``grad_fn``, such as a kept activation, is detached."""
     kept = torch.ones(2, requires_grad=True) * 2
     held = {"first": kept, "again": [kept]}
     new = copy_rebound(held, {})
@@ -138,7 +138,8 @@ def test_hooks_collect_apart_in_a_trial_and_where_the_user_looks_afterwards() ->
     assert seen == [OLD]
     for hook in rebind_hooks(hooks, dict(MEMO)).values():
         hook()
-    assert seen == [OLD, "old", "second"]  # OLD is a global of this file, which no copy changes
+    # OLD is a global of this file, and copies do not change globals
+    assert seen == [OLD, "old", "second"]
 
 
 def test_an_object_whose_method_is_a_hook_is_left_alone_in_a_trial() -> None:
@@ -151,7 +152,7 @@ def test_an_object_whose_method_is_a_hook_is_left_alone_in_a_trial() -> None:
 
 
 class Held(nn.Module):
-    """Layers, and something beside them."""
+    """Two layers, and an object stored next to them."""
 
     def __init__(self, beside: Any) -> None:
         super().__init__()
@@ -184,7 +185,7 @@ def test_only_what_cannot_be_copied_is_shared() -> None:
 
 
 class Uncopied:
-    """An object that nobody shall copy; ``counted`` and ``seen`` change with each call."""
+    """An object that refuses to be copied; ``counted`` and ``seen`` change with each call."""
 
     def __init__(self) -> None:
         self.counted, self.seen = 0, []
@@ -222,7 +223,7 @@ class Local(threading.local):
 )
 @pytest.mark.parametrize("kind", [Uncopied, Slots, Table, Pair, Local])
 def test_what_a_class_refuses_to_copy_is_not_changed(kind: Any, below: Any) -> None:
-    """A trial run would leave in it what the user's next call finds."""
+    """A trial run does not change such objects, because the user's next call reads them."""
     model, x, own = Held(None), torch.randn(2, 4), kind()
     model.beside = below(own)
 
@@ -249,14 +250,18 @@ class Handle(Uncopied):
 
 
 def test_what_gives_back_a_resource_is_refused_by_name() -> None:
-    """A copy would give it back for both, and a shared one would change."""
+    """A handle can be neither copied nor shared.
+
+    A copy would release the resource for both objects when it is deleted, and a shared object
+    would be changed by a trial run.
+    """
     model = nn.Sequential(nn.Linear(4, 8), Held([Handle()]))
     with pytest.raises(TraceError, match=r"'1\.beside' is a list .*no copies"):
         fxprune.analyze(model, torch.randn(2, 4))
 
 
 def test_an_iterator_is_refused_by_name() -> None:
-    """A trial run would take from it what the user's next call gets."""
+    """A trial run would consume items that the user's next call should get."""
     model = nn.Sequential(nn.Linear(4, 8), Held(iter_of := (n for n in range(3))))
     with pytest.raises(TraceError, match=r"'1\.beside' is a generator"):
         fxprune.analyze(model, torch.randn(2, 4))
@@ -264,7 +269,7 @@ def test_an_iterator_is_refused_by_name() -> None:
 
 
 class Switched(nn.Module):
-    """``asks``: after Python has read a value of the input."""
+    """With ``asks``, forward branches on a value of the input before the layers run."""
 
     def __init__(self, asks: bool) -> None:
         super().__init__()
@@ -320,9 +325,7 @@ def evaluated() -> None:
 def test_modes_that_functions_of_the_model_give_are_kept(
     set_up: Any, asks: bool, tmp_path: Any
 ) -> None:
-    """Functions that know the model, or a layer, as a global: those of the copies know the
-    copies.
-    """
+    """Copied functions that refer to the model or a layer by a global name refer to the copy."""
 
     def make() -> nn.Module:
         globals()["NET"] = model = Switched(asks).eval()
@@ -344,7 +347,7 @@ def test_modes_that_functions_of_the_model_give_are_kept(
         assert [
             pruned.model.get_submodule(name).training for name in ("", "norm", "drop")
         ] == modes
-    loaded = fxprune.load(tmp_path, make).model  # whose globals are others from now on
+    loaded = fxprune.load(tmp_path, make).model  # the globals refer to the new model from now on
     for training in (True, False):
         loaded.train() if training else loaded.eval()
         NET.train() if training else NET.eval()
@@ -365,7 +368,7 @@ def test_a_layer_whose_forward_knows_it_as_a_global_is_pruned() -> None:
 
 
 def test_globals_that_are_not_replaced_stay_what_they_are() -> None:
-    """Also where they are set to something else later."""
+    """A copied function also sees values that such globals are set to later."""
     globals()["NET"], globals()["NORM"] = nn.ReLU(), 1
     made = copy_rebound(lambda: (NET, NORM), {id(NET): OLD})
     assert made() == (OLD, 1)
@@ -400,6 +403,6 @@ sys.exit(f"alive: {kind()} {model()}" if kind() or model() else 0)
 
 
 def test_the_first_model_of_a_process_and_its_class_are_released() -> None:
-    """What PyTorch and fxprune remember of a first call is of no model."""
+    """Caches that PyTorch and fxprune fill in their first calls keep no model alive."""
     ran = subprocess.run([sys.executable, "-c", LEAVES_NOTHING], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

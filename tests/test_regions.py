@@ -1,4 +1,4 @@
-"""What runs without gradients, or in another precision, does so in the emitted model."""
+"""Regions without gradients or in another precision are kept in the emitted model."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ from tests.support.checking import relative_error
 
 
 class Around(nn.Module):
-    """Two convolutions, and in between what a function does with a third."""
+    """Two convolutions, and between them a function that calls a third."""
 
     def __init__(self, function: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ REGIONS = [without_gradients, gradients_off, decorated, nested, in_full, in_half
 
 
 def trained(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output, and the gradients of the parameters that get any."""
+    """Return the output, and the gradients of the parameters that have one."""
     model.zero_grad()
     out = model(x)
     out.float().square().sum().backward()
@@ -144,7 +144,7 @@ def test_what_is_empty_leaves_no_trace() -> None:
 
 
 def test_a_region_whose_content_is_gone() -> None:
-    """Somebody may take nodes out of a graph."""
+    """A user may erase nodes from a graph, so a region may become empty."""
     emitted = fxprune.prune(Around(without_gradients), torch.randn(2, 3, 8, 8), channels=1.0).model
     node = next(node for node in emitted.graph.nodes if node.target == "inner")
     node.replace_all_uses_with(node.args[0])
@@ -176,8 +176,10 @@ def test_what_the_caller_decides_is_not_asked_in_a_graph(question: str) -> None:
 
 
 def test_regions_inside_of_torch_are_its_own() -> None:
-    """Checkpointing computes without gradients first, and again with them later; a graph just
-    computes.
+    """Regions that torch opens itself are not copied into the graph.
+
+    Checkpointing computes first without gradients and later again with them; the graph computes
+    once.
     """
 
     def forward(inner: nn.Module, x: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ def test_regions_inside_of_torch_are_its_own() -> None:
 
 
 def test_checkpoints_that_only_training_has() -> None:
-    """They are followed there."""
+    """A checkpoint that only runs in training is traced in training mode."""
 
     class Trained(nn.Module):
         def __init__(self) -> None:
@@ -210,11 +212,11 @@ def test_checkpoints_that_only_training_has() -> None:
 
 
 def test_functions_do_without_generated_code() -> None:
-    """An interpreter of graphs calls the two nodes."""
+    """``torch.fx.Interpreter`` calls the functions that enter and leave a region."""
     pruned = fxprune.prune(Around(without_gradients), torch.randn(2, 3, 8, 8), channels=1.0).model
     out = torch.fx.Interpreter(pruned).run(torch.randn(2, 3, 8, 8))
     assert out.grad_fn is not None
-    assert out.grad_fn.next_functions[0][0] is None  # nothing before the last convolution
+    assert out.grad_fn.next_functions[0][0] is None  # no gradient beyond the last convolution
     assert torch.is_grad_enabled()
 
 

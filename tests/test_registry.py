@@ -1,5 +1,6 @@
-"""Rules of the user's own: what the page about them shows, what they may be, and that a wrong one
-is caught.
+"""Rules that users register.
+
+The code on the page about rules works, invalid names are refused, and a wrong rule is caught.
 """
 
 import re
@@ -57,7 +58,7 @@ def shifted(x: Tensor) -> Tensor:
 
 
 class Between(nn.Module):
-    """Two convolutions and an op in between."""
+    """Two convolutions with a custom op between them."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ def test_the_page_does_what_it_says() -> None:
         exec(compile(block, PAGE.name, "exec"), names)
     report = names["pruned"].report
     assert report.params_after < 0.6 * report.params_before
-    # 16 channels of 14 x 14 pixels meet the gate: its formula says one MAC for each
+    # 16 channels of 14 x 14 pixels enter the gate, and its formula counts one MAC for each value
     net = names["Net"]()
     without = fxprune.prune(net, torch.zeros(1, 3, 16, 16), channels=1.0).report.macs_before
     assert without == 16 * 14 * 14 * 3 * 9 + 16 * 14 * 14 + 8 * 12 * 12 * 16 * 9
@@ -88,7 +89,7 @@ def counted(x: Tensor) -> Tensor:
     return 2 * x
 
 
-# nothing can go, which is what is tested
+# nothing can be removed, which is what is tested
 @pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 def test_a_formula_that_torch_was_told_counts() -> None:
     plain = fxprune.prune(Between("counted"), IMAGE, channels=0.5).report.macs_before
@@ -99,7 +100,7 @@ def test_a_formula_that_torch_was_told_counts() -> None:
     assert told - plain == 8 * 6 * 6
 
 
-# nothing can go, which is what is tested
+# nothing can be removed, which is what is tested
 @pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 def test_an_op_without_a_rule_pins_what_enters_it_and_one_with_a_rule_does_not() -> None:
     before = fxprune.prune(Between("softsign"), IMAGE, channels=0.5)
@@ -115,11 +116,14 @@ def test_an_op_without_a_rule_pins_what_enters_it_and_one_with_a_rule_does_not()
     assert after.report.error < 1e-12
 
 
-# nothing can go, which is what is tested
+# nothing can be removed, which is what is tested
 @pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 def test_whether_zero_stays_zero_is_tried_not_believed() -> None:
-    """Removed channels of one operand become ones in a product with another: they may go only
-    where the other's go, too.
+    """An operation is run on zeros to see whether it keeps them, whatever its rule says.
+
+    Here removed channels become ones. A convolution after the operation loses the weights that
+    would read them, so they can be removed. A sum over channels would count them, so they are
+    kept.
     """
     fxprune.register_rule("fxprune_test::shifted", like="pointwise")
     pruned = fxprune.prune(Between("shifted"), IMAGE, channels=0.5)
@@ -128,7 +132,7 @@ def test_whether_zero_stays_zero_is_tried_not_believed() -> None:
         4,
         3,
         3,
-    )  # whose slices go: what they would read counts for nothing
+    )  # the weights that read removed channels are removed, too
     assert pruned.report.error is not None
     assert pruned.report.error < 1e-12
 
@@ -157,12 +161,12 @@ def test_a_wrong_rule_is_caught(wrong: str) -> None:
     assert fxprune.verify(net, unproved).error > 1e-3
 
 
-# nothing can go, which is what is tested
+# nothing can be removed, which is what is tested
 @pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 def test_where_a_rule_forgets_a_dimension_nothing_is_pruned() -> None:
     @fxprune.register_rule("fxprune_test::softsign")
     def _(context: Any, op: Any, arguments: dict[str, Tensor], result: Tensor) -> None:
-        """Says nothing of its result."""
+        """Set no labels on the result."""
 
     pruned = fxprune.prune(Between("softsign"), IMAGE, channels=0.5)
     assert pruned.report.params_after == pruned.report.params_before

@@ -1,4 +1,4 @@
-"""The report: what people read and what machines read."""
+"""The report as text and as data."""
 
 import dataclasses
 import json
@@ -107,9 +107,7 @@ def test_what_is_no_report(data):
 
 
 def narrow():
-    """Two of its layers cannot shrink: the second ends in the output, and a layer of its own leads
-    to another one.
-    """
+    """Return a model with two layers that cannot lose outputs, because they end in the output."""
 
     class Narrow(nn.Module):
         def __init__(self):

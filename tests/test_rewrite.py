@@ -1,6 +1,4 @@
-"""The smaller graph: numbers that follow the widths, numbers that do not, and a module that stays
-whole.
-"""
+"""The smaller graph: corrected literals, models with two modes, copies, and names of modules."""
 
 import copy
 from collections.abc import Callable
@@ -65,8 +63,9 @@ def test_literals(name: str, channels: float) -> None:
 
 
 class TwoModes(nn.Module):
-    """GoogLeNet's scheme: an auxiliary head in training, another nesting of the output, and a
-    layer nobody calls.
+    """A model like GoogLeNet: in training, another head and another nesting of the output.
+
+    One layer is never called.
     """
 
     def __init__(self) -> None:
@@ -92,7 +91,7 @@ def test_the_auxiliary_head_trains(both: Any) -> None:
 
 
 class Frozen(nn.BatchNorm2d):
-    """Keeps its statistics, whatever the model does."""
+    """A batch norm that always stays in evaluation mode."""
 
     def train(self, mode: bool = True) -> "Frozen":
         return super().train(False)
@@ -150,9 +149,7 @@ def test_plain_tensors_are_copied_too() -> None:
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 def test_groups_that_keep_one_input_each_still_sum(kind: Any) -> None:
-    """What is left looks like a depthwise convolution; its outputs are units of their own all the
-    same.
-    """
+    """The remaining weight looks depthwise, but each output still is a unit of its own."""
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1),
         nn.ReLU(),
@@ -168,7 +165,7 @@ def test_groups_that_keep_one_input_each_still_sum(kind: Any) -> None:
 
 
 class Nested(nn.Module):
-    """Two groups of all channels; two groups of some of them, which lie inside the first two."""
+    """Two groups over all channels, and two over some of them that lie inside the first two."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,7 +190,7 @@ def test_groups_within_groups(budget: dict[str, Any]) -> None:
 
 
 class InContainers(nn.Module):
-    """Containers in containers; ``in_body`` is the name that code would give to one of them."""
+    """Nested containers, and a layer that is named as generated code would name one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,8 +236,9 @@ def test_torchscript_reads_it() -> None:
 
 
 class WritesIntoACopy(nn.Module):
-    """What lies channels last is copied where it is laid out anew: what is written there is seen
-    by nobody.
+    """A write into a reshaped tensor that is a copy, so that nothing else sees the write.
+
+    The features have channels last in memory, so flattening them copies them.
     """
 
     def __init__(self) -> None:
@@ -258,7 +256,10 @@ class WritesIntoACopy(nn.Module):
 
 
 def test_a_copy_stays_one_where_one_channel_is_left() -> None:
-    """One channel lies first and last alike: without a word its copy would be a view."""
+    """With one channel, both layouts are the same in memory.
+
+    Without an explicit clone in the graph, the copy would become a view.
+    """
     torch.manual_seed(0)
     model = WritesIntoACopy().eval()
     pruned = check_exact(
@@ -273,7 +274,7 @@ def test_a_copy_stays_one_where_one_channel_is_left() -> None:
 
 
 class Squeezes(nn.Module):
-    """Drops a batch of one with the positions."""
+    """A squeeze of the spatial axes that also drops a batch axis of size one."""
 
     def __init__(self, gate: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -286,8 +287,9 @@ class Squeezes(nn.Module):
 
 
 def test_axes_that_are_dropped_with_a_batch_of_one() -> None:
-    """A graph says so where it goes by how many are left; where it does not, it takes any
-    batch.
+    """A batch of one is refused by a guard if the graph depends on the rank after squeezing.
+
+    A graph that does not depend on it takes any batch.
     """
     x, one = torch.randn(2, 3, 6, 6), torch.randn(1, 3, 6, 6)
     by_rank, by_all = (

@@ -1,5 +1,6 @@
-"""Models in parts on other routes than the example's: in training, and where something is found,
-or nothing.
+"""Models in parts on routes that the example does not take.
+
+Such routes are those of training, those chosen by chance, and those for many or no detections.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ONE = torch.float64
 
 
 class Trained(nn.Module):
-    """Does more in training: another head, another order, several groups of queries."""
+    """A model that does more in training: another head, another order of parts, more queries."""
 
     def __init__(self, more: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -61,8 +62,9 @@ MORE: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 
 def masked_like(model: nn.Module, small: nn.Module) -> nn.Module:
-    """The original with every element at zero that is not found in the pruned model. Elements are
-    all different.
+    """Return a copy of the original with every element at zero that the pruned model lacks.
+
+    All elements must be different.
     """
     left = torch.cat([p.detach().flatten() for p in small.parameters()])
     masked = copy.deepcopy(model)
@@ -86,7 +88,7 @@ def test_what_only_training_does_is_followed(name: str) -> None:
 
 
 class Targets(Trained):
-    """Cannot be called in training without targets."""
+    """A model that cannot be called in training without targets."""
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
         h = self.a(self.first(opaque(x)))
@@ -102,7 +104,8 @@ def test_where_training_needs_more_than_the_example_its_modules_find_everything_
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert pruned.report.error < 1e-9
     assert any("targets should not be none" in decision for decision in pruned.report.decisions)
-    assert pruned.model.a.up.weight.shape == (16, 16)  # inside of a part: half of 32
+    # only the hidden axis inside the part is pruned: half of 32
+    assert pruned.model.a.up.weight.shape == (16, 16)
     pruned.model.train()(x, torch.randn(2, 3)).backward()
     assert pruned.model.auxiliary.weight.grad is not None
 
@@ -115,7 +118,7 @@ def test_targets_cost_nothing_where_training_calls_what_evaluation_calls() -> No
 
 
 class Drops(nn.Module):
-    """Leaves a layer out by chance, in training."""
+    """A model that skips a layer at random in training."""
 
     def __init__(self, chance: Callable[[], Any]) -> None:
         super().__init__()
@@ -159,7 +162,7 @@ def test_what_python_decides_by_chance_fits_either_way(name: str) -> None:
 
 
 class Alternates(Drops):
-    """Leaves a layer out at every other call."""
+    """A model that skips a layer in every other call."""
 
     def __init__(self) -> None:
         super().__init__(lambda: None)
@@ -199,9 +202,7 @@ def test_what_cannot_be_compared_from_call_to_call_is_left_out_of_the_proof(name
 
 
 class Finds(nn.Module):
-    """A detector in small: boxes where scores are high, features pooled there, a class and a finer
-    box for each.
-    """
+    """A small detector: boxes at high scores, pooled features, a class and a finer box each."""
 
     def __init__(self, threshold: float, skips: bool, width: int = 16) -> None:
         super().__init__()
@@ -236,7 +237,7 @@ class Finds(nn.Module):
 @pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize("threshold", [0.5, 2.0])
 def test_an_image_in_which_nothing_is_found(threshold: float, skips: bool) -> None:
-    """The example's images have boxes, or none; the pruned model does its work on both kinds."""
+    """The example's images have boxes or none; the pruned model works on both kinds of images."""
     model, images = Finds(threshold, skips).double().eval(), torch.rand(2, 3, 8, 8, dtype=ONE)
     pruned = fxprune.prune(model, images, channels=0.5, verify=True)
     assert share_left(pruned) < 0.5
@@ -252,9 +253,7 @@ def test_an_image_in_which_nothing_is_found(threshold: float, skips: bool) -> No
 
 @pytest.mark.long
 def test_models_in_parts_are_pruned_by_several_threads_at_once() -> None:
-    """Beside a thread that serves a model of its own, and one that trains without torch's modules
-    being looked at.
-    """
+    """A further thread calls a model of its own at the same time."""
     models = [Trained(MORE["all queries"]).double().eval() for _ in range(3)]
     x = torch.randn(2, 6, dtype=ONE)
     wanted = [fxprune.prune(model, x, channels=0.5).plan.to_json() for model in models]

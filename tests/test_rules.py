@@ -1,8 +1,8 @@
-"""Each op rule alone: one tiny op, and its expected coupling as text.
+"""The rule of each operation alone: one small call, and its expected coupling as text.
 
-The table below is the specification of ``fxprune.ops``; how to read a line stands in
-``tests/support/coupling_text.py``. A case is named by an ATen op that it executes; what follows a
-comma says what is special about it.
+The table below is the specification of ``fxprune.ops``. The module
+``tests/support/coupling_text.py`` explains the notation. A case has the name of an ATen operation
+that it executes; what follows a comma says what is special about it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def mask(*shape: int) -> Operand:
 
 
 class Case:
-    """``inside``: the op runs inside a larger fx node, whose numbers the rewriter cannot
+    """One operation with its operands and expected coupling.
+
+    With ``inside``, the operation runs inside a larger fx node, whose literals the rewriter cannot
     correct.
     """
 
@@ -661,8 +663,8 @@ CASES = [
 ]
 # fmt: on
 
-# Rows without a case of their own: the op on the left has one, and the same rule.
-# These read values, so they run between parts alone: tests/test_ways.py prunes through them.
+# Operations without a case of their own: the one on the left has a case and the same rule. Those
+# in ON_DATA read values, so they run only between parts: tests/test_ways.py prunes through them.
 ON_DATA = {"_pack_padded_sequence", "_pad_packed_sequence"}
 ALIASES = {
     "_weight_norm": "_weight_norm_interface",
@@ -735,17 +737,18 @@ def test_an_op_without_a_rule_pins_all_that_enters():
             assert not any(character.isalpha() for character in left + right)
 
 
-# Where a weight that has labels already is coupled otherwise than one that takes them over: in a
-# grouped convolution its rows would share one labelling of the input axis, and a label per
-# position cannot be told apart into those of two flattened dimensions.
+# In these cases a weight that already has labels is coupled differently from one that takes over
+# labels. In a grouped convolution, its rows would share one labelling of the input axis. A
+# flattened input has labels of two dimensions, which a single label per position cannot express.
 MET_BEFORE = {"conv1d, flattened input", "conv2d, grouped"}
 WEIGHTED = [case for case in CASES if any(operand.kind == "weight" for operand in case.operands)]
 
 
 @pytest.mark.parametrize("case", WEIGHTED, ids=lambda case: case.name)
 def test_a_weight_met_before_couples_alike(case):
-    """A weight's axes take over what they meet first; had they labels already, those would be
-    united to the same effect.
+    """The axes of a weight take over the first labels that they meet.
+
+    If they already have labels, both sets of labels are united, and the coupling is the same.
     """
     fresh = [
         labelled(*operand.shape) if operand.kind == "weight" else operand

@@ -1,6 +1,4 @@
-"""Pruned models on disk: round trips, every way in which a folder can be damaged, and saves that
-are interrupted at every step.
-"""
+"""Pruned models on disk: round trips, damaged folders, and saves interrupted at any step."""
 
 import copy
 import hashlib
@@ -49,7 +47,7 @@ IMAGE = torch.zeros(1, 3, 8, 8)
 def pruned_net(channels: float = 0.5) -> fxprune.Pruned:
     pruned = fxprune.prune(build(), IMAGE, channels=channels)
     with torch.no_grad():
-        # as training would, so that none is what the factory makes
+        # change all values, as training would, so that none equals what the factory makes
         for tensor in pruned.model.state_dict().values():
             tensor.copy_(torch.randint(1, 100, tensor.shape))
     return pruned
@@ -143,8 +141,9 @@ def test_the_library_of_the_format_reads_the_weights_too(tmp_path: Path) -> None
 
 
 def test_ties_that_the_architecture_has_not(tmp_path: Path) -> None:
-    """The same names and shapes: a model that is tied on one side only would lose a tensor in
-    silence.
+    """Both models have the same names and shapes, but only one of them ties two tensors.
+
+    Loading without a check would silently lose a tensor.
     """
     tied, apart = tmp_path / "tied.safetensors", tmp_path / "apart.safetensors"
     saving.save_tensors(Tied(), tied)
@@ -298,14 +297,14 @@ def test_a_file_removed(name: str, copied: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_one_bit_flipped_anywhere(name: str, copied: Path) -> None:
-    """All bytes of the manifest, which no digest guards; some of the others'."""
+    """Try every byte of the manifest, which no digest protects, and some bytes of other files."""
     data = (copied / name).read_bytes()
     step = 1 if name == "manifest.json" else max(1, len(data) // 25)
     for position in range(0, len(data), step):
         changed = bytearray(data)
         changed[position] ^= 1 << position % 8
         (copied / name).write_bytes(changed)
-        # A digest or a name in the manifest that changed speaks of another file.
+        # A changed digest or name in the manifest makes the error name another file.
         with pytest.raises(
             PlanError, match=re.escape(str(copied) if name == "manifest.json" else name)
         ):
@@ -322,7 +321,7 @@ def test_a_file_of_another_save(name: str, copied: Path, tmp_path: Path) -> None
 
 
 def resigned(folder: Path, name: str, data: bytes) -> None:
-    """Change a file and the manifest with it, as one who means it could."""
+    """Change a file and update the manifest to match, as a person could on purpose."""
     (folder / name).write_bytes(data)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
@@ -445,28 +444,26 @@ def test_no_folder_or_a_file(tmp_path: Path) -> None:
 
 
 def texts(state: str) -> dict[str, Callable[[Path], object]]:
-    """Two files that belong together."""
+    """Return writers of two files that belong together."""
     return {name: lambda path: path.write_text(state) for name in ("a.txt", "b.txt")}
 
 
 def state_of(folder: Path) -> str:
-    """What a reader finds: both files, of one save."""
+    """Return the text that both files have, as a reader finds them."""
     paths = saving.read_files(folder, ("a.txt", "b.txt"))
     (state,) = {path.read_text() for path in paths.values()}
     return state
 
 
 class KilledError(BaseException):
-    """Stands for the end of the process: nothing may be cleaned up after it."""
+    """The simulated end of the process, after which nothing can be cleaned up."""
 
 
 STEPS = [(os, "replace"), (os, "fsync"), (os, "rmdir")]
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, after: bool) -> list[str]:
-    """Let the process 'die' at the given one of all calls that reach the disk, before or after it
-    took effect.
-    """
+    """Raise ``KilledError`` at one call that reaches the disk, before or after its effect."""
     calls: list[str] = []
 
     def watched(real: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -482,7 +479,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int, after: bool) -> list[str
 
     for module, name in STEPS:
         monkeypatch.setattr(module, name, watched(getattr(module, name), name))
-    # the dead clean up nothing
+    # a killed process cleans up nothing
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     return calls
 
@@ -501,7 +498,7 @@ def test_killed_at_every_step(after: bool, tmp_path: Path) -> None:
             except KilledError:
                 finished = False
         found.append(state_of(folder))
-        saving.write_files(folder, texts("third"))  # and the next save puts all in order
+        saving.write_files(folder, texts("third"))  # the next save repairs the folder
         assert state_of(folder) == "third"
         assert sorted(path.name for path in folder.iterdir()) == [
             "a.txt",
@@ -512,17 +509,17 @@ def test_killed_at_every_step(after: bool, tmp_path: Path) -> None:
             break
     assert finished
     assert {"replace", "fsync"} <= set(calls)
-    # Old up to one step, new from there on.
+    # the old state up to one step, the new one from there on
     assert found == sorted(found, key=["old", "new"].index)
     assert set(found) == {"old", "new"}
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
 def test_a_first_save_that_is_killed(after: bool, tmp_path: Path) -> None:
-    """The folder is there when it is whole, and not before."""
+    """The folder appears only when it is complete."""
     found = []
     for step in range(100):
-        folder = tmp_path / f"[{step}]"  # no pattern
+        folder = tmp_path / f"[{step}]"  # brackets must not be read as a glob pattern
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, step, after)
             try:
@@ -551,7 +548,7 @@ def test_a_new_folder_has_the_usual_permissions(tmp_path: Path) -> None:
 
 
 def test_killed_twice_in_a_row(tmp_path: Path) -> None:
-    """The second save finds the first one committed, but not all of its files in their places."""
+    """The second save may find the first one committed but with some files not yet moved."""
     committed = 0
     for first in range(4, 10):
         for second in range(6):
@@ -616,9 +613,7 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="kills a process by signal")
 def test_a_process_that_is_really_killed(tmp_path: Path) -> None:
-    """Two states in turn, as fast as it goes, until SIGKILL: what is left is one of them,
-    whole.
-    """
+    """Write two states in turn until SIGKILL; one complete state must be left."""
     script = textwrap.dedent(
         """
         import itertools, sys
@@ -633,7 +628,7 @@ def test_a_process_that_is_really_killed(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE
     )
     assert process.stdout is not None
-    process.stdout.readline()  # one save at least is complete
+    process.stdout.readline()  # at least one save is complete
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -649,8 +644,9 @@ def test_a_process_that_is_really_killed(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="limits of files are those of POSIX")
 @pytest.mark.parametrize("room", [0, 100, 5_000])
 def test_a_full_disk_is_told_and_leaves_the_earlier_state(room: int, tmp_path: Path) -> None:
-    """The system refuses to write more than so many bytes, as a full disk would: in the weights,
-    or in what is written before.
+    """A limit on file sizes acts like a full disk.
+
+    The write fails either in the weights or in a file written before them.
     """
     import resource
 
@@ -707,9 +703,7 @@ def test_a_result_that_someone_put_together(tmp_path: Path) -> None:
 
 
 class TwoPaths(nn.Module):
-    """A second output in training; a region without gradients; a branch by size, which becomes an
-    assertion.
-    """
+    """Another output in training, a region without gradients, and a branch by size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -730,7 +724,7 @@ def _noted(module: nn.Module, args: Any, output: Any) -> None:
 
 
 class Doubled(torch.autograd.Function):
-    """A gradient of its own."""
+    """A function with a custom gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -751,7 +745,7 @@ class WithFunction(nn.Module):
 
 
 class InParts(nn.Module):
-    """Python that no graph can hold, around parts with two modes each."""
+    """Parts that differ between training and evaluation, with a branch on values between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -829,7 +823,7 @@ def test_a_part_behaves_like_its_class_after_it_was_saved() -> None:
 
 
 def test_what_is_added_to_a_pruned_model_is_kept() -> None:
-    """Hooks, attributes, and what makes it possible to prune it again."""
+    """Hooks, attributes, and the plan that later pruning extends are kept."""
     model = fxprune.prune(build(), IMAGE, channels=0.5).model
     model.register_forward_hook(_noted)
     model.note = {"epoch": 3}
@@ -837,7 +831,7 @@ def test_what_is_added_to_a_pruned_model_is_kept() -> None:
         again(IMAGE)
         assert vars(again)["calls"] == 1
         assert again.note == {"epoch": 3}
-        again._forward_hooks.clear()  # with it the model would be pruned in parts
+        again._forward_hooks.clear()  # with a hook, the model would be pruned in parts
         twice = fxprune.prune(again, IMAGE, channels=0.5)
         assert len(twice.plan.chain) == 2
         assert fxprune.apply(twice.plan, build()).plan == twice.plan

@@ -1,4 +1,4 @@
-"""How many survive, and which."""
+"""How many units are kept, and which."""
 
 import math
 import re
@@ -23,7 +23,7 @@ from tests.support.counting import CheckedCounter
 from tests.zoo import CASES
 from tests.zoo.case import Case
 
-# networks are drawn: in some nothing can go
+# some random networks allow no removal
 pytestmark = pytest.mark.filterwarnings("ignore::fxprune.FxpruneWarning")
 
 sizes, shares = st.integers(1, 300), st.floats(0.001, 1.0)
@@ -75,7 +75,7 @@ def test_shares_that_floats_miss() -> None:
     assert keep_count(100, 0.29, 1, 1) == 29
 
 
-# -- which
+# -- which units
 
 PLAIN = fxprune.analyze(
     nn.Sequential(nn.Linear(3, 10), nn.ReLU(), nn.Linear(10, 2)), torch.randn(2, 3)
@@ -141,7 +141,7 @@ def test_equal_scores_keep_the_first() -> None:
     )
 
 
-# -- budgets of the whole network
+# -- budgets for the whole network
 
 CHAIN = nn.Sequential(
     nn.Linear(3, 12), nn.ReLU(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 2)
@@ -159,8 +159,9 @@ def test_nothing_to_remove_leaves_everything() -> None:
 
 
 def test_a_hair_less_than_everything() -> None:
-    """The first multiples below are inside already, and giving nothing back is what rounding
-    means.
+    """The first multiples below everything already meet the budget.
+
+    Units beyond them are not restored, because counts are rounded down.
     """
     assert widths(macs=0.999, round_to=8) == [8, 16]
     assert sum(widths(channels=0.999, scope="global")) == 31
@@ -168,8 +169,9 @@ def test_a_hair_less_than_everything() -> None:
 
 @pytest.mark.parametrize("share", [0.8, 0.61, 0.5, 0.333, 0.11])
 def test_wide_layers_stop_at_the_budget_too(share: float) -> None:
-    """Costs of many units are brought up to date after several at a time; the last one gone is
-    still one that had to go.
+    """With many units, costs are recomputed only after several removals.
+
+    The last unit removed must still be one that had to be removed.
     """
     model = nn.Sequential(
         nn.Linear(3, 1500), nn.ReLU(), nn.Linear(1500, 900), nn.ReLU(), nn.Linear(900, 2)
@@ -194,8 +196,9 @@ def test_shares_that_floats_miss_in_all_together() -> None:
 
 
 def test_global_channels_go_by_rank_alone() -> None:
-    """One layer has all the small weights: it loses all but one unit before the other loses
-    any.
+    """The units of one layer all have the lowest scores.
+
+    The layer loses all units but one before the other layer loses any.
     """
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
 
@@ -226,7 +229,7 @@ def test_a_glob_that_matches_nothing_prunable() -> None:
 
 
 def test_an_unreachable_budget_says_what_is_reachable() -> None:
-    """Parameters: one unit of each leaves 4 + 2 + 4 = 10 of 350."""
+    """In parameters, one unit of each layer leaves 4 + 2 + 4 = 10 of 350."""
     with pytest.raises(
         fxprune.BudgetError, match=r"^params=0\.02 .* has params=0\.02858 \(10 of 350\)"
     ):
@@ -244,7 +247,7 @@ def test_the_second_of_two_budgets_is_named() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_zoo_reaches_its_budget(case: Case) -> None:
-    """Inside, no group empty, and the smaller model runs on the example."""
+    """The budgets are met, no group is empty, and the smaller model runs on the example."""
     model = case.build(case.width).eval()
     budgets = {"macs": 0.6, "params": 0.6}
     pruned = _within(model, case.inputs(2), budgets)
@@ -259,7 +262,7 @@ SHARE = st.sampled_from((1.0, 0.9, 0.7, 0.5, 0.35))
 
 
 def networks_drawn(divisor: int) -> settings:
-    """The chosen profile with its number of examples divided."""
+    """Return the current profile with its number of examples divided by ``divisor``."""
     return settings(max_examples=max(1, settings.default.max_examples // divisor))
 
 
@@ -268,7 +271,7 @@ def _survivors(pruned: fxprune.Pruned) -> dict[str, set[int]]:
 
 
 def _spent(pruned: fxprune.Pruned) -> dict[str, tuple[int, int]]:
-    """(what is left, what there was) of everything that a budget can limit."""
+    """Return (after, before) for each quantity that a budget can limit."""
     report, groups = pruned.report, pruned.plan.groups
     return {
         "macs": (report.macs_after, report.macs_before),
@@ -287,13 +290,13 @@ def _inside(pruned: fxprune.Pruned, budgets: dict[str, float]) -> bool:
 def _within(
     model: nn.Module, x: Tensor, budgets: dict[str, float], **options: Any
 ) -> fxprune.Pruned:
-    """Prune to budgets; to the least reachable ones that the error names where these are not."""
+    """Prune to the budgets, or, if one cannot be reached, to the least that the error names."""
     for _ in range(len(budgets) + 1):
         try:
             return fxprune.prune(model, x, scope="global", **budgets, **options)
         except fxprune.BudgetError as error:
-            # "macs=0.35 cannot be reached: the smallest model that ... has macs=0.41 (...)": and
-            # that one can be.
+            # The error reads "macs=0.35 cannot be reached: the smallest model that ... has
+            # macs=0.41 (...)", and the second number is reachable.
             name, least = re.findall(r"(macs|params|channels)=([0-9.e-]+)", str(error))[-1]
             event("the least reachable was asked for")
             assert float(least) > budgets[name]
@@ -309,8 +312,10 @@ def _within(
     least=st.sampled_from((1, 1, 2, 3)),
 )
 def test_budgets_hold(net: Network, budgets: dict[str, float], round_to: int, least: int) -> None:
-    """Inside every budget; no group empty; multiples where there are as many; never fewer than the
-    least; and counted rightly.
+    """Every budget is met, and no group is empty.
+
+    Counts are multiples of ``round_to`` where the group is large enough, at least the minimum, and
+    the report counts the pruned model's own cost.
     """
     model, x = build(net), example(net)
     pruned = _within(model, x, budgets, round_to=round_to, min_channels=least)
@@ -320,7 +325,7 @@ def test_budgets_hold(net: Network, budgets: dict[str, float], round_to: int, le
     for group in fxprune.analyze(model, x).groups:
         kept, blocks = len(_survivors(pruned)[group.name]), max(1, group.blocks)
         assert kept >= min(least, group.size)
-        # of each block, so that all together keep a multiple
+        # per block, so that the total is a multiple
         step = round_to // math.gcd(round_to, blocks)
         smallest = -(-max(least, blocks) // (step * blocks)) * step * blocks
         assert whole or kept % round_to == 0 or (kept == group.size and group.size < smallest)
@@ -329,7 +334,7 @@ def test_budgets_hold(net: Network, budgets: dict[str, float], round_to: int, le
 
 
 def _macs(model: nn.Module, x: Tensor) -> int:
-    """Of the kernels that run."""
+    """Count the MACs of the kernels that run."""
     with torch.no_grad(), CheckedCounter() as counter:
         model(x)
     return counter.macs
@@ -345,8 +350,9 @@ def _macs(model: nn.Module, x: Tensor) -> int:
 def test_a_smaller_budget_keeps_a_subset(
     net: Network, kind: str, shares: tuple[float, float], criterion: str
 ) -> None:
-    """The same units go first whatever the budget, so survivors are nested; and the same budget
-    gives the same plan.
+    """Units are removed in the same order whatever the budget, so the kept sets are nested.
+
+    The same budget gives the same plan.
     """
     model, x = build(net), example(net)
     small, large = (_within(model, x, {kind: s}, criterion=criterion) for s in sorted(shares))
@@ -364,9 +370,7 @@ def test_a_smaller_budget_keeps_a_subset(
     budgets=st.dictionaries(st.sampled_from(("macs", "params", "channels")), SHARE, min_size=1),
 )
 def test_nothing_is_removed_in_vain(net: Network, budgets: dict[str, float]) -> None:
-    """There is a last removed unit (one in each block), and with it some budget would be
-    broken.
-    """
+    """Some unit, or one in each block, was removed last; with it, a budget would be exceeded."""
     model, x = build(net), example(net)
     pruned = _within(model, x, budgets)
     coupling = fxprune.analyze(model, x)
@@ -380,7 +384,7 @@ def test_nothing_is_removed_in_vain(net: Network, budgets: dict[str, float]) -> 
         for first in gone[group.name]:
             if blocks[first] != min(blocks[u] for u in gone[group.name]):
                 continue
-            # Give this one back, and in every other block any one.
+            # Restore this unit, and any unit in each other block.
             others = {blocks[u]: u for u in reversed(gone[group.name])}
             back = {**others, blocks[first]: first}.values()
             breaks |= not _holds(
@@ -392,7 +396,7 @@ def test_nothing_is_removed_in_vain(net: Network, budgets: dict[str, float]) -> 
 def _holds(
     coupling: fxprune.Coupling, kept: dict[str, set[int]], budgets: dict[str, float]
 ) -> bool:
-    """Whether these survivors are inside the budgets, counted on the shapes that they leave."""
+    """Tell whether these survivors meet the budgets, by the shapes that they leave."""
 
     def spent(survivors: dict[str, set[int]]) -> dict[str, int]:
         left = Survivors(
@@ -425,8 +429,9 @@ def test_pruned_to_budgets_equals_the_masked_original(
 
 
 def test_no_layer_loses_all_to_others_it_shares_blocks_with() -> None:
-    """Both channels of the second layer lie in blocks with other layers' channels, and lose
-    against them in both.
+    """Both channels of the second layer share blocks with channels of other layers.
+
+    They have the lower scores in both blocks, but the layer must keep one of them.
     """
     network = Network(
         input=(3, 4, 4),
@@ -447,7 +452,7 @@ def test_no_layer_loses_all_to_others_it_shares_blocks_with() -> None:
 
 
 def test_a_recurrent_network_is_counted_too() -> None:
-    """By torch's counter nothing at all, on a CPU, where random networks seldom show it."""
+    """Random networks seldom have one, and torch's own counter counts no MACs of it on a CPU."""
 
     class Recurrent(nn.Module):
         def __init__(self) -> None:
@@ -467,8 +472,9 @@ def test_a_recurrent_network_is_counted_too() -> None:
 
 
 class Pooled(nn.Module):
-    """Features without positions under a group norm: (batch, channels), or (batch, channels, 1,
-    1).
+    """A group norm over features without positions.
+
+    The features have shape (batch, channels) or (batch, channels, 1, 1).
     """
 
     def __init__(self, groups: int, spatial: bool) -> None:

@@ -1,4 +1,4 @@
-"""Quick answers of shapes equal PyTorch's own, and what PyTorch refuses is refused."""
+"""Shapes that fxprune computes itself equal PyTorch's, and what PyTorch refuses is refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Shapes and dtypes of the result, or that there is none."""
+    """Return the shapes and dtypes of the result, or "refused" if there is none."""
     try:
         out = function(*args, **kwargs)
     except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AssertionError):
@@ -36,8 +36,9 @@ def outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def agree(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Assert that under ShapeMode a function does what it does on meta tensors; return its
-    outcome.
+    """Assert that a function does under ``ShapeMode`` what it does on meta tensors or real data.
+
+    Return its outcome under ``ShapeMode``.
     """
     with torch.inference_mode():
         expected = outcome(function, *args, **kwargs)
@@ -48,8 +49,10 @@ def agree(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def outcome_with_data(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """PyTorch's meta kernels let some things pass that its real ones refuse, and some of torch
-    2.11 give other shapes.
+    """Return the outcome with real data.
+
+    Some of PyTorch's meta kernels accept what the real kernels refuse, and some of torch 2.11
+    return other shapes.
     """
     args, kwargs = tree_map(
         lambda t: torch.ones_like(t, device="cpu") if isinstance(t, Tensor) else t, (args, kwargs)
@@ -60,7 +63,7 @@ def outcome_with_data(function: Callable[..., Any], *args: Any, **kwargs: Any) -
 
 
 def strided(draw: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A meta tensor of a shape in some order of memory."""
+    """Return a meta tensor of a shape with its axes in some order in memory."""
     order = draw(st.permutations(range(len(shape))))
     return meta(*(shape[d] for d in order), dtype=dtype).permute(
         [order.index(d) for d in range(len(shape))]
@@ -255,7 +258,7 @@ def test_unary(function: Callable[..., Any], dtype: torch.dtype) -> None:
 
 
 def operand(draw: Any, shape: tuple[int, ...]) -> Any:
-    """A tensor that broadcasts to a shape, or a Python number."""
+    """Return a tensor that broadcasts to a shape, or a Python number."""
     kind = draw(st.sampled_from(["tensor", "tensor", "scalar tensor", "number"]))
     if kind == "number":
         return draw(st.sampled_from([2, 0.5, True]))
@@ -292,7 +295,7 @@ def test_sizes_that_do_not_broadcast_are_refused() -> None:
 @settings(max_examples=30)
 @given(data=st.data())
 def test_a_contiguous_result_stays_viewable(data: Any) -> None:
-    """The order of memory is not promised, but a view that PyTorch allows must not fail."""
+    """The memory layout may differ, but a view that PyTorch allows must not fail."""
     shape = data.draw(st.lists(st.integers(2, 5), min_size=2, max_size=4).map(tuple))
     x, y = strided(data.draw, shape), strided(data.draw, shape)
     width = meta(x.shape[1])
@@ -316,7 +319,7 @@ def test_a_contiguous_result_stays_viewable(data: Any) -> None:
                 found = function(*given)
             viewable = (
                 expected.is_contiguous() and function(*with_data).is_contiguous()
-            )  # meta kernels of torch 2.11 err in group_norm
+            )  # group_norm's meta kernel of torch 2.11 is wrong
         assert found.is_contiguous() or not viewable
 
 
@@ -354,7 +357,7 @@ def test_in_place_of_a_wrong_dtype_is_refused() -> None:
     assert agree(Tensor.add_, meta(2, 3, dtype=torch.int64), 0.5) == "refused"
 
 
-# -- the rest
+# -- concatenation, softmax, pooling and upsampling
 
 
 @settings(max_examples=30)
@@ -423,10 +426,7 @@ def test_upsample(mode: str, count: int, data: Any) -> None:
     agree(F.interpolate, x, scale_factor=factor, mode=mode)
 
 
-# -- constants
-
-
-# -- what else networks are made of
+# -- other operations of networks
 
 REDUCTIONS = [
     torch.mean,
@@ -490,7 +490,7 @@ def test_products(
     wrong: bool,
     dtype: torch.dtype,
 ) -> None:
-    """Rows or columns of 0 stand for a vector."""
+    """With 0 rows or columns, the operand is a vector."""
     a = meta(*left, *([rows] if rows else []), shared) if rows else meta(shared)
     b = (
         meta(*right, shared + wrong, columns, dtype=dtype)

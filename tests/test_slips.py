@@ -1,5 +1,6 @@
-"""Arguments that nobody could have meant, at every argument of every public function: an error of
-fxprune's own, or a result.
+"""Wrong values for every argument of every public function.
+
+Each gives a result or an error of fxprune that is not an ``InternalError``.
 """
 
 import copy
@@ -86,7 +87,7 @@ WRONG: dict[str, Any] = {
 
 @functools.cache
 def made() -> dict[str, Any]:
-    """What the functions are called with; nothing here is changed by a call."""
+    """Return the objects with which the functions are called; no call changes them."""
     model, x = network(), torch.randn(4, 3)
     pruned = fxprune.prune(model, x, channels=0.5)
     folder = tempfile.mkdtemp()
@@ -332,9 +333,7 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
 def test_a_wrong_value(
     name: str, argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever it is, it is told by an error of fxprune's own that is no mere "bug in fxprune", or
-    it is taken.
-    """
+    """Each value is accepted, or refused with a short error that is not ``InternalError``."""
     monkeypatch.chdir(tmp_path)
     function, arguments = DOORS[name]
     function(**arguments())
@@ -411,7 +410,7 @@ def required(public: Any) -> list[str]:
 
 @pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.__name__)
 def test_a_call_without_its_arguments(public: Any) -> None:
-    """Both what Python raises and what fxprune does; a name that is nearly right is suggested."""
+    """The error is a ``TypeError`` of Python and an error of fxprune; unknown names are named."""
     with pytest.raises(SignatureError, match="missing"):
         public()
     with pytest.raises(TypeError, match=r"unexpected keyword.*nowhere"):
@@ -452,7 +451,7 @@ def test_numbers_of_other_libraries(half: Any) -> None:
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, torch.tensor])
 def test_a_number_of_few_digits_is_the_decimal_that_it_is_written_as(kind: Any) -> None:
-    """0.7 in float32 is a little less than 0.7, of ten units a whole unit less."""
+    """0.7 in float32 is a little less than 0.7, which would cost one unit of ten."""
     model = nn.Sequential(nn.Linear(3, 10), nn.ReLU(), nn.Linear(10, 2))
     assert fxprune.prune(model, made()["x"], channels=kind(0.7)).report.groups[0].kept == 7
 
@@ -466,7 +465,7 @@ def test_what_is_no_number(value: Any) -> None:
         fxprune.prune(made()["model"], made()["x"], channels=value)
 
 
-# ---- the guard itself
+# ---- the guard around public functions
 
 
 def test_an_unforeseen_error_is_told_as_a_bug() -> None:
@@ -545,7 +544,7 @@ def test_a_criterion_that_fails_is_named() -> None:
         fxprune.prune(made()["model"], made()["x"], channels=0.5, criterion="lampp")
 
 
-# ---- data that nothing can be measured of
+# ---- data from which nothing can be measured
 
 
 @pytest.mark.parametrize(
@@ -623,7 +622,7 @@ def test_scores_of_any_kind_of_tensor(change: Callable[[torch.Tensor], torch.Ten
 
 
 def test_an_error_leaves_the_weights_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first layer is refitted when the second one fails."""
+    """The first layer is refitted before the second one fails."""
     pruned = copy.deepcopy(made()["pruned"])
     before = {name: tensor.clone() for name, tensor in pruned.model.state_dict().items()}
     real, calls = torch.linalg.solve, []

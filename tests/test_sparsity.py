@@ -1,4 +1,4 @@
-"""The group lasso against plain loops, and what it does to a training run."""
+"""The group lasso compared with plain loops, and its effect on training."""
 
 import pytest
 import torch
@@ -71,9 +71,7 @@ def test_a_unit_at_zero_has_a_finite_gradient() -> None:
 
 @pytest.mark.long
 def test_training_makes_units_vanish_together() -> None:
-    """With the penalty, the weakest half of the units falls to a smaller share of the weight than
-    without.
-    """
+    """With the penalty, the weaker half of the units has a smaller share of the weight."""
     shares = []
     for strength in (0.0, 0.05):
         torch.manual_seed(0)
@@ -95,9 +93,7 @@ def test_training_makes_units_vanish_together() -> None:
 
 
 def test_parameters_that_have_changed() -> None:
-    """The penalty is of the parameters that the model has; others than those that were analysed
-    are refused.
-    """
+    """The penalty uses the parameters that the model has now, and refuses other shapes."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     penalty = fxprune.GroupSparsity(model, fxprune.analyze(model, torch.zeros(1, 3)))
     before = penalty()

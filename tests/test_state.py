@@ -1,4 +1,7 @@
-"""A graph is one call: what forward keeps for the next is found, and stays Python."""
+"""State that forward keeps for the next call.
+
+A graph describes one call, so such state is found, and the code that keeps it stays Python.
+"""
 
 import contextvars
 import copy
@@ -20,7 +23,7 @@ from tests.support.checking import relative_error
 
 
 class Keeps(nn.Module):
-    """Two convolutions, and in between a function that may set attributes."""
+    """Two convolutions, and between them a function that may set attributes."""
 
     def __init__(self, function: Callable[[Any, Tensor], Tensor], **members: Any) -> None:
         super().__init__()
@@ -73,7 +76,7 @@ def moves_a_constant(m: Any, x: Tensor) -> Tensor:
 
 
 class Same(torch.autograd.Function):
-    """The input."""
+    """A copy of the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -116,8 +119,9 @@ def test_what_changes_the_next_call_is_in_no_graph(
 
 
 class Queue(nn.Module):
-    """Keeps features of past calls in a ring; where the next ones go is read before it is
-    written.
+    """A ring buffer of features from past calls.
+
+    Its position is read and then written in the same call.
     """
 
     def __init__(self) -> None:
@@ -251,7 +255,7 @@ def graph_of(value: Tensor, name: str, function: Any) -> tuple[fx.Graph, dict[st
 
 
 def test_constants_count_by_value() -> None:
-    """Their names say how many there were before."""
+    """Constants are compared by value, because their names only number them."""
     one, held = graph_of(torch.ones(2), "_constant0", torch.add)
     for value, function, answer in (
         (torch.ones(2), torch.add, True),
@@ -268,13 +272,11 @@ def test_constants_count_by_value() -> None:
     assert not same_graph(one, longer, held, others)
 
 
-# -- what a call before pruning has left
+# -- what a call before pruning left in the model
 
 
 class Cached(nn.Module):
-    """Two convolutions, and in between something is added that the module keeps from call to
-    call.
-    """
+    """Two convolutions, and between them a table that is kept between calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -334,7 +336,7 @@ class BufferThatGrows(Cached):
 
 
 class ShareOfLongest(Cached):
-    """What a shorter input reads is not what it would compute."""
+    """A table in which a shorter input reads other values than it would compute."""
 
     def between(self, x: Tensor) -> Tensor:
         if self.table is None or self.table.size(0) < x.size(-1):
@@ -361,8 +363,9 @@ def called_before(kind: type[Cached], *size: int) -> Cached:
 
 
 def sizes_taken(model: Cached) -> list[bool]:
-    """For each size whether the pruned model takes it; it then gives what the original gives that
-    has been called as often.
+    """Return, for each size, whether the pruned model accepts it.
+
+    If it does, its output equals that of the original.
     """
     pruned = fxprune.prune(model, torch.randn(SIZES[0], dtype=torch.float64), channels=1.0).model
     assert isinstance(pruned, fx.GraphModule)
@@ -413,7 +416,7 @@ def test_a_table_that_the_original_would_not_compute_again_is_kept(kind: type[Ca
 
 
 class Shows(nn.Module):
-    """Its last layer keeps what it has computed, to be looked at."""
+    """A model whose last layer stores its input and a size in attributes that it does not read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -430,7 +433,7 @@ def shows(m: Any, x: Tensor) -> Tensor:
 
 
 def test_attributes_that_a_graph_does_not_set_are_reported() -> None:
-    """Some models keep an attention map for whoever wants to see it."""
+    """Some models keep an attention map that users may inspect."""
     pruned = fxprune.prune(Shows(), torch.randn(2, 3, 9, 9), channels=0.5)
     assert pruned.report.not_set == ("last.features", "last.first.seen")
     assert "set by forward, not by its graph\n  last.features\n  last.first.seen" in str(
@@ -549,7 +552,7 @@ def test_whatever_holds_an_activation_is_seen(function: Callable[[Any, Tensor], 
 def test_a_table_outside_of_the_model_is_as_it_was(
     function: Callable[[Any, Tensor], Tensor],
 ) -> None:
-    """What tracing has put there would be found by the next call of the user's model."""
+    """If tracing left its table there, the next call of the user's model would read it."""
     TABLES.clear()
     model, x = Keeps(function).eval(), torch.randn(2, 3, 9, 9)
     pruned = fxprune.prune(model, x, channels=0.5)
@@ -608,8 +611,9 @@ def a_buffer(m: Any, weight: Tensor) -> None:
 
 
 class SetsWeights(nn.Module):
-    """The weight of its convolution is computed at each call; ``reads``: after Python has read a
-    value of the input.
+    """The weight of its convolution is computed in each call.
+
+    With ``reads``, Python has read a value of the input before.
     """
 
     def __init__(self, put: Callable[[Any, Tensor], None], reads: bool) -> None:
@@ -661,7 +665,10 @@ def test_parameters_of_the_model_are_its_own_again() -> None:
 
 
 class Marks(nn.Module):
-    """Hands out a tensor with something set on it; what is set on others is nobody's business."""
+    """A model that sets an attribute on an inner tensor and on the one it returns.
+
+    Only the second one can be seen by the caller.
+    """
 
     def __init__(self) -> None:
         super().__init__()

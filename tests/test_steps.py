@@ -1,4 +1,4 @@
-"""Pruning in steps: budgets on the way, training in the body, and what an interruption leaves."""
+"""Pruning in steps: budgets, training between steps, and going on after an interruption."""
 
 import functools
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_training_in_the_body_is_what_the_next_step_prunes() -> None:
 
 @pytest.mark.parametrize("killed_in", [1, 2, 3])
 def test_goes_on_behind_the_last_finished_step(tmp_path: Path, killed_in: int) -> None:
-    """An exception in the body of a step: that step is done again, the ones before it are not."""
+    """After an exception in the body of a step, only that step is repeated."""
     model, x = network(), torch.randn(IMAGE)
 
     def run(folder: Path, stop: int | None = None) -> tuple[list[int], fxprune.Pruned | None]:
@@ -147,8 +147,9 @@ def test_a_run_does_not_go_on_with_what_another_left(name: str, tmp_path: Path) 
 
 
 def test_the_same_run_is_known_in_another_process(tmp_path: Path) -> None:
-    """Modules in keep=, functions and loaders have other addresses there; numbers may be
-    NumPy's.
+    """Modules, functions and loaders have other addresses in another process.
+
+    Numbers may be NumPy's.
     """
 
     def steps() -> fxprune.Steps:
@@ -192,7 +193,7 @@ def test_what_cannot_be() -> None:
 
 
 class OfImages(nn.Module):
-    """As a detector: one argument, which is a list of images."""
+    """A model whose only argument is a list of images, as in a detector."""
 
     def __init__(self) -> None:
         super().__init__()

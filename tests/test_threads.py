@@ -1,6 +1,4 @@
-"""Pruning beside other threads: nothing of theirs gets into a model, and nothing of pruning's into
-them.
-"""
+"""Pruning while other threads run: neither affects the other."""
 
 import importlib
 import itertools
@@ -23,7 +21,7 @@ import fxprune.latency
 
 
 class Net(nn.Module):
-    """A stem, residual blocks, a head; ``at`` is called in the middle of forward."""
+    """A stem, residual blocks and a head; ``at`` is called twice within forward."""
 
     def __init__(self, at: Callable[[str], None] = lambda place: None) -> None:
         super().__init__()
@@ -45,7 +43,7 @@ class Net(nn.Module):
 
 
 class Python(Net):
-    """One that is no graph: Python reads a value of the input."""
+    """A model that cannot be traced as one graph, because Python reads a value of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         if bool((x > 100).any()):
@@ -54,7 +52,10 @@ class Python(Net):
 
 
 class Threaded(Net):
-    """Computes in threads of its own; ``asks``: after Python has read a value of the input."""
+    """A model that computes in threads that it starts itself.
+
+    With ``asks``, Python has read a value of the input before.
+    """
 
     def __init__(
         self, compute: Callable[[Callable[[], Tensor]], Tensor], asks: bool, module: bool
@@ -87,7 +88,7 @@ IMAGE = torch.randn(1, 3, 8, 8)
 
 
 class Other:
-    """A thread that does what it is told, while the one that tells waits."""
+    """A thread that runs the jobs it is given, while the calling thread waits."""
 
     def __init__(self) -> None:
         self.jobs: queue.Queue[Callable[[], Any]] = queue.Queue()
@@ -162,7 +163,7 @@ def test_another_thread_runs_trains_and_asks_undisturbed(kind: type[Net]) -> Non
 def test_random_numbers_of_another_thread_are_its_own(
     draw: Callable[[], Any], kind: type[Net]
 ) -> None:
-    """What another thread draws in the middle of a run is no choice of the model's."""
+    """Random numbers that another thread draws are not taken for draws of the model."""
     other, before = Other(), []
 
     def at(place: str) -> None:
@@ -241,7 +242,7 @@ def settings_of_torch() -> list[Any]:
 
 
 def names_of_torch() -> dict[str, Any]:
-    """What could be left exchanged; other names may come with imports."""
+    """Return attributes that a call might leave replaced; imports may add other names."""
     spaces = torch, torch.autograd, torch.nn.functional, torch.no_grad, nn.Module, Tensor
     return {
         f"{space.__name__}.{name}": value
@@ -257,8 +258,10 @@ def side_by_side(
     times: int,
     kinds: Sequence[type[Net]] = (Net, Python),
 ) -> None:
-    """Calls in several threads, beside one that serves, one that trains, one without gradients,
-    and one that draws numbers.
+    """Make calls in several threads, and compare their results with those of single calls.
+
+    Next to them, four threads call a model, train a model, compute without gradients, and draw
+    random numbers.
     """
     torch.manual_seed(0)
     models = [kind().eval() for kind in kinds]
@@ -268,7 +271,7 @@ def side_by_side(
         own.save(place)
     given = [*itertools.product(calls, zip(models, pruned, folders, strict=True))]
     wanted = [call(*arguments) for call, arguments in given]
-    # which exchanges a function of torch's, and which optimisers import
+    # this import replaces a function of torch's, and optimisers trigger it
     importlib.import_module("torch._dynamo")
     settings, names = settings_of_torch(), names_of_torch()
     failed: list[BaseException] = []
@@ -279,7 +282,7 @@ def side_by_side(
             try:
                 while not over.is_set():
                     work()
-                    time.sleep(1e-3)  # or they would keep the calls from going on
+                    time.sleep(1e-3)  # otherwise these loops would block the calls
             except BaseException as error:
                 failed.append(error)
 
@@ -342,7 +345,7 @@ def test_calls_in_many_threads(calls: Sequence[Callable[..., Any]], tmp_path: Pa
 
 @pytest.fixture
 def draws_beside() -> Iterator[None]:
-    """A thread that draws all the time."""
+    """Run a thread that draws random numbers all the time."""
     over = threading.Event()
 
     def loop() -> None:

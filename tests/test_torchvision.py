@@ -1,5 +1,6 @@
-"""Every torchvision model outside detection and optical flow is pruned exactly, by code that knows
-none of them.
+"""Every torchvision model outside detection and optical flow is pruned exactly.
+
+fxprune has no code for any of them.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from torchvision import models
 import fxprune
 from tests.torchvision_models import CASES, EXCLUDED_MODULES, Case, parameter_count
 
-#: At ``channels=0.5`` a weight keeps a quarter if both of its axes shrink, a half if only one does
-#: (the classifier).
+#: At ``channels=0.5``, a weight keeps a quarter of its elements if both axes shrink, and half of
+#: them if only one does (the classifier).
 MOST_LEFT = 0.46
 LARGEST_ERROR = 1e-9
 
 GIANT = 250_000_000
-"""Parameters; checked in double precision, two such models side by side need more than 24 GB."""
+"""Parameters above which models are checked one at a time.
+
+In double precision, two such models need more than 24 GB together.
+"""
 
 
 def _parameter(case: Case) -> object:
@@ -27,7 +31,7 @@ def _parameter(case: Case) -> object:
 
 
 def test_every_model_is_covered() -> None:
-    """The list is torchvision's own: nothing is dropped by name."""
+    """The list is torchvision's own, and no model is left out by its name."""
     excluded = [
         name
         for name in models.list_models()
@@ -39,14 +43,12 @@ def test_every_model_is_covered() -> None:
 
 @pytest.mark.parametrize("case", [_parameter(case) for case in CASES.values()])
 def test_prunes_exactly(case: Case, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Half of the channels: equal to the masked original, and less than half of the parameters
-    left.
-    """
+    """At half the channels, a model equals its masked original and is less than half as large."""
     model = case.build()
-    # the processes of a run share this folder
+    # the test processes of a run share this folder
     alone = filelock.FileLock(tmp_path_factory.getbasetemp().parent / "giants.lock")
     with alone if parameter_count(model) > GIANT else contextlib.nullcontext():
-        # float64, everything drawn at random
+        # in float64, with random weights and inputs
         pruned = fxprune.prune(model, case.inputs(), channels=0.5, verify=True)
     assert pruned.report.error is not None
     assert pruned.report.error <= LARGEST_ERROR

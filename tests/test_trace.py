@@ -1,5 +1,6 @@
-"""Tracing: what Python decides is listed and guarded, what does not depend on the example stays
-open, and nothing is taken.
+"""Tracing: decisions of Python are listed and guarded, and sizes stay symbolic.
+
+The model and the state around it stay as they were.
 """
 
 import copy
@@ -37,7 +38,7 @@ def traced(model: nn.Module, *inputs: Any, training: bool = False) -> Trace:
 
 
 class Computes(nn.Module):
-    """A convolution, and what a function makes of its output and of the module."""
+    """A convolution, and a function of the module and its output."""
 
     def __init__(self, function: Callable[[nn.Module, Tensor], Any]) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class Computes(nn.Module):
 def pruned(
     function: Callable[[nn.Module, Tensor], Any], *shape: int
 ) -> tuple[nn.Module, nn.Module]:
-    """The model around a function, and what is emitted for it when nothing is pruned."""
+    """Return a model around a function, and the model emitted for it when nothing is pruned."""
     model = Computes(function).eval()
     return model, fxprune.prune(model, torch.randn(shape), channels=1.0).model
 
@@ -84,7 +85,7 @@ def test_a_branch_on_a_size_refuses_inputs_of_the_other_kind(
 
 
 def test_a_branch_taken_for_true_holds_for_other_sizes_for_which_it_is_true() -> None:
-    """9 % 4 and 10 % 4 differ, and are both true."""
+    """9 % 4 and 10 % 4 differ, but both are true."""
     model, emitted = pruned(by_width, 2, 3, 4, 9)
     runs_alike(model, emitted, torch.randn(2, 3, 4, 10))
 
@@ -98,8 +99,9 @@ def test_a_decision_names_its_line_and_its_formula() -> None:
 
 
 def test_no_line_outside_of_the_model_is_named() -> None:
-    """All of this forward is torch's own: the caller's line is none of the model's, and a graph is
-    the same from every line.
+    """All of this forward is torch's code, so no decision names a line of the caller.
+
+    The graph is the same wherever tracing is called.
     """
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.Sequential(
@@ -202,7 +204,7 @@ def test_classes_of_modules_are_given_back() -> None:
 
 @torch.fx.wrap
 def wrapped(x: Tensor, scale: Tensor) -> Tensor:
-    """Marked as a leaf, though a parameter passes through it."""
+    """Marked as a leaf, although a parameter passes through it."""
     return torch.tanh(x) * scale
 
 
@@ -255,8 +257,9 @@ class ByName(nn.Module):
     ],
 )
 def test_a_tensor_and_a_number(how: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Functions whose first signatures take a number: torch.fx's own proxies end the process
-    here.
+    """The first signatures of these functions take a number.
+
+    With torch.fx's own proxies, such a call would end the process.
     """
     model, x = ByName(how), torch.randn(3, 4)
     before = torch.pow, torch.where, power
@@ -267,7 +270,7 @@ def test_a_tensor_and_a_number(how: Callable[[torch.Tensor], torch.Tensor]) -> N
 
 
 def test_a_message_about_sizes_costs_no_node() -> None:
-    """As libraries write their checks: the message is made whether the check fails or not."""
+    """Libraries write checks like this one, where the message is made even if the check passes."""
 
     def checked(model: nn.Module, x: Tensor) -> Tensor:
         torch._assert(
@@ -282,7 +285,7 @@ def test_a_message_about_sizes_costs_no_node() -> None:
 
 
 def test_the_mode_of_what_forward_makes() -> None:
-    """A slice of a ModuleList is a new module, with a mode of its own."""
+    """A slice of a ``ModuleList`` is a new module with its own mode."""
 
     class Sliced(nn.Module):
         def __init__(self) -> None:
@@ -367,7 +370,7 @@ def test_tensors_that_are_plain_attributes() -> None:
 
 
 class Remembers(nn.Module):
-    """Keeps a table of the size that it saw last, and, if asked to, its last result."""
+    """A convolution and a table for the last size; with ``memory`` also the last result."""
 
     def __init__(self, buffer: bool, memory: bool) -> None:
         super().__init__()
@@ -390,7 +393,7 @@ class Remembers(nn.Module):
 
 @pytest.mark.parametrize("buffer", [False, True], ids=["attribute", "buffer"])
 def test_a_table_that_forward_sets_is_computed_in_the_graph(buffer: bool) -> None:
-    """Of the one that it had before only the size is read."""
+    """Only the size of the previous table is read."""
     model = nn.Sequential(
         nn.Conv2d(3, 3, 1), Remembers(buffer, memory=False), nn.Conv2d(8, 2, 1)
     ).eval()
@@ -398,7 +401,7 @@ def test_a_table_that_forward_sets_is_computed_in_the_graph(buffer: bool) -> Non
     assert pruned.report.error is not None
     assert pruned.report.error < 1e-12
     assert pruned.model.get_submodule("2").in_channels == 4
-    # not that of the last call, and it says so
+    # the table of the last call is not used, and a decision says so
     assert any("size(3)" in decision for decision in pruned.report.decisions)
     assert model[1].table.shape == (1, 1)
 
@@ -418,7 +421,7 @@ def test_what_forward_remembers_for_its_next_call_is_in_no_graph(buffer: bool) -
     assert not torch.equal(pruned.model(x), pruned.model(x))
 
 
-# -- functions with gradients of their own, and checkpoints
+# -- functions with custom gradients, and checkpoints
 
 
 class Doubled(torch.autograd.Function):
@@ -454,7 +457,7 @@ def applied_by_an_attribute(m: Any, x: Tensor) -> Tensor:
     ids=lambda function: function.__name__,
 )
 def test_functions_with_gradients_of_their_own(function: Callable[..., Tensor]) -> None:
-    """C++ takes a proxy for the tensor that it says it is: without care the process ends."""
+    """C++ code takes a proxy for the tensor that it claims to be, which can end the process."""
     x = torch.randn(2, 3, 4, 5)
     model = nn.Sequential(Computes(function), nn.Conv2d(8, 4, 1))
     model[0].conv.twice = Doubled.apply
@@ -473,7 +476,7 @@ def test_functions_with_gradients_of_their_own(function: Callable[..., Tensor]) 
     assert type(doubled) is type(Doubled.apply)
 
 
-# the original's, which runs without gradients here
+# a warning from the original, which runs without gradients here
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("imported", [False, True], ids=["from torch", "imported"])
@@ -493,7 +496,7 @@ def gate_in_place(x: Tensor) -> Tensor:
 
 
 class Checkpointed(nn.Module):
-    """What sigmoid keeps for its gradient is overwritten; the backward pass computes it again."""
+    """A checkpoint in which ``activation`` may overwrite what is saved for the gradient."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -512,7 +515,7 @@ class Checkpointed(nn.Module):
 
 
 def test_what_a_checkpoint_computes_again_stays_python() -> None:
-    """A graph computes once: autograd would refuse what was overwritten since then."""
+    """A graph computes once, and autograd would refuse a saved tensor that was overwritten."""
     x = torch.randn(2, 3, 8, 8)
     half = fxprune.prune(Checkpointed(gate_in_place), x, channels=0.5)
     assert re.search(r"Its checkpoint \(at test_trace.py:\d+\)", half.report.not_one_graph)
@@ -668,7 +671,7 @@ def changes_a_constant(m: nn.Module, x: Tensor) -> Tensor:
 def test_a_constant_that_is_written_to_is_in_no_graph(
     function: Callable[..., Tensor], message: str
 ) -> None:
-    """It would be written to by one call after the other."""
+    """Every call would write to the same constant."""
     x = torch.randn(2, 3, 4, 5)
     with pytest.raises(TraceError, match=message):
         traced(Computes(function), x)
@@ -723,7 +726,7 @@ def test_sizes_stay_symbolic(function: Callable[..., Any]) -> None:
 
 
 class Nested(nn.Module):
-    """Takes a dict, a list in it, and an option."""
+    """A model that takes a dict with a list in it, and an option."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -765,9 +768,7 @@ def test_example_of_keeps_dtypes() -> None:
 
 
 class Everything(nn.Module):
-    """Parameters twice, float and integer buffers, a plain tensor and attributes that are
-    shared.
-    """
+    """Tied parameters, float and integer buffers, a plain tensor and a shared module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -830,7 +831,7 @@ def test_a_model_that_cannot_be_copied() -> None:
 
 
 def test_a_large_model_costs_no_memory() -> None:
-    """400 GB of weights, none of which is there."""
+    """The model has 400 GB of weights, none of which are allocated."""
     with torch.device("meta"):
         model = nn.Sequential(
             nn.Linear(4, 100_000), nn.Linear(100_000, 1_000_000), nn.Linear(1_000_000, 4)
@@ -853,9 +854,7 @@ def test_what_is_a_leaf(module: nn.Module, leaf: bool) -> None:
 
 
 def test_what_is_computed_from_constants_can_be_trained_through() -> None:
-    """It is computed while the graph is traced, under inference mode, whose tensors autograd
-    refuses.
-    """
+    """It is computed during tracing, in inference mode, whose tensors autograd refuses."""
 
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -888,7 +887,7 @@ def test_what_is_computed_from_constants_can_be_trained_through() -> None:
     ],
 )
 def test_the_text_of_a_size_or_dtype_is_its_own(text: Callable[[Tensor], bool]) -> None:
-    """Not that of the stand-in for it."""
+    """It is not the text of the stand-in that tracing uses."""
 
     class Reads(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -900,7 +899,7 @@ def test_the_text_of_a_size_or_dtype_is_its_own(text: Callable[[Tensor], bool]) 
     ] is operator.mul
 
 
-# -- chance
+# -- randomness
 
 
 @pytest.mark.parametrize(
@@ -962,7 +961,7 @@ def test_generators_of_a_model_stand_afterwards_where_they_stood() -> None:
 
 
 class OwnGenerator(nn.Module):
-    """Draws from a generator that is an attribute."""
+    """A model that draws from a generator in one of its attributes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from tests.support.checking import TOLERANCE, randomise
 transformers = pytest.importorskip(
     "transformers", reason="the transformers library is not installed"
 )
-pytestmark = pytest.mark.filterwarnings("ignore")  # what the library warns of is none of ours
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the library do not matter here
 
 TOKENS = torch.arange(8)[None] + 3
 SMALL = {
@@ -24,7 +24,7 @@ SMALL = {
 
 
 def llama(**options: Any) -> nn.Module:
-    """Two query heads on each head of keys and values, rotary positions, RMSNorm, a gated MLP."""
+    """Two query heads per key-value head, rotary positions, RMSNorm and a gated MLP."""
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_key_value_heads=2, **SMALL, **options
     )
@@ -53,8 +53,9 @@ CASES = {
     "llama": (lambda: llama(use_cache=False), masked, 0.33),
     "gpt2": (gpt2, masked, 0.33),
 }
-"""The model, what it is called with, and the share that may be left: half of the width, but for
-the vocabulary.
+"""The model, its inputs, and the largest share of parameters that may be left.
+
+All widths are halved, except the vocabulary.
 """
 
 
@@ -62,8 +63,9 @@ LONG = [
     pytest.param("gpt2", "heads", marks=pytest.mark.slow),
     pytest.param("llama", "dims", marks=pytest.mark.slow),
 ]
-"""A model by the one kind of units, where the tests of every change have it by the other: ten
-seconds each.
+"""Slow combinations of a model and a kind of units; the same model is tested with the other kind.
+
+They take ten seconds each.
 """
 
 
@@ -87,8 +89,9 @@ def test_half_the_width(name: str, units: str) -> None:
 
 @pytest.mark.long
 def test_a_decoder_that_remembers_still_generates() -> None:
-    """Keys and values are kept in an object of the library: the modules around it are pruned, and
-    it is used as before.
+    """Keys and values are kept in an object of the library.
+
+    The modules around it are pruned, and the object is used as before.
     """
     torch.manual_seed(0)
     model = llama().eval()

@@ -1,4 +1,4 @@
-"""The proof finds what is wrong, also when a rule is, and never calls wrong what is right."""
+"""``verify`` finds wrong results, even those of a wrong rule, and accepts correct ones."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ from tests.test_rewrite import WritesIntoACopy
 
 
 class Flipped(nn.Module):
-    """A sum of two branches, one of them in reverse order."""
+    """A sum of two branches, one of them reversed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ X = torch.randn(2, 4)
 
 
 def as_identity(context: Context, func: Any, a: dict[str, Any], out: Any) -> None:
-    """A rule that is wrong for flip."""
+    """Label the output of flip like its input, which is wrong."""
     context.put(out, context.fields(a["self"]))
 
 
@@ -113,7 +113,7 @@ def test_structure_alone() -> None:
 
 
 def test_weights_as_they_are() -> None:
-    """A changed weight shows only where weights are not drawn anew."""
+    """A changed weight is visible only if weights are not randomised."""
     model, result = pruned()
     assert fxprune.verify(model, result, X, randomize=False).error < 1e-9
     with torch.no_grad():
@@ -149,7 +149,7 @@ class Held:
 
 
 class Of(nn.Module):
-    """Two layers; what is done between and behind them is given."""
+    """Two layers, and a given function as forward."""
 
     def __init__(self, forward: Callable[[Any, Any], Any], **extra: nn.Module) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def two(m: Any, x: Tensor) -> Tensor:
 
 
 def proved(model: nn.Module, inputs: Any = X, **options: Any) -> Any:
-    """The proof of a model that is pruned right."""
+    """Verify a correctly pruned model, and return the result."""
     result = fxprune.prune(model, inputs, channels=0.5, verify=True)
     proof = fxprune.verify(model, result, inputs, **options)
     assert result.report.params_after < result.report.params_before
@@ -192,7 +192,7 @@ def test_what_is_compared() -> None:
 
 
 def test_a_model_that_takes_one_size_alone() -> None:
-    """What the original refuses is no fault of the pruned model."""
+    """What the original refuses is not an error of the pruned model."""
     proof = proved(Of(lambda m, x: two(m, x) + x.new_zeros(2, 6, 1)), torch.randn(2, 6, 4))
     assert "another size (3 for 6)" not in proof.compared
     assert any("another size" in reason for reason in proof.left_out)
@@ -201,7 +201,7 @@ def test_a_model_that_takes_one_size_alone() -> None:
 def checked(
     model: nn.Module, result: Any, inputs: Any = X, analysed: nn.Module | None = None
 ) -> Any:
-    """The proof with an analysis that was made before: of the model as it was."""
+    """Verify with an analysis that was made before, of ``analysed`` if given."""
     kept = {group.name: group.kept for group in result.plan.groups}
     return check(
         model,
@@ -214,7 +214,7 @@ def checked(
 
 
 def test_a_model_without_a_tensor_among_its_outputs() -> None:
-    """Nothing that agrees is no proof."""
+    """If no output is a tensor, nothing is proved."""
     model, mute = Of(two), Of(two)
     result = fxprune.prune(model, X, channels=0.5)
     mute.load_state_dict(model.state_dict())
@@ -224,7 +224,7 @@ def test_a_model_without_a_tensor_among_its_outputs() -> None:
         checked(mute, result, analysed=model)
 
 
-# -- results that are broken by hand, in a way that no graph shows
+# -- results damaged in ways that no graph shows
 
 
 def broken(
@@ -275,7 +275,7 @@ def test_a_path_that_carries_no_gradient() -> None:
 
 
 def test_a_mode_that_is_lost() -> None:
-    """Its batch normalisation goes on with stored statistics."""
+    """A batch norm that stays in evaluation mode uses stored statistics in training."""
 
     def hold(model: nn.Module) -> None:
         model.norm.register_forward_pre_hook(
@@ -292,7 +292,7 @@ def test_a_mode_that_is_lost() -> None:
 
 @pytest.mark.parametrize("how", ["another share", "none", "evaluation alone"])
 def test_a_dropout_that_drops_otherwise(how: str) -> None:
-    """Dropout is off where outputs are compared; what it would drop is compared all the same."""
+    """Dropout is off when outputs are compared, but its rates are compared."""
 
     def change(model: nn.Module) -> None:
         if how == "another share":
@@ -329,14 +329,15 @@ def test_python_that_draws_by_other_odds() -> None:
             )
 
         def forward(self, x: Tensor) -> Tensor:
-            h = self.block(x if float(x.sum()) > -1e9 else -x)  # a value decides: Python stays
+            # this branch on a value makes the code stay Python
+            h = self.block(x if float(x.sum()) > -1e9 else -x)
             return h * torch.empty(len(h), 1, dtype=h.dtype).bernoulli_(self.odds)
 
     broken(Thinned(), X, "bernoulli_.* draws with", lambda model: vars(model).update(odds=0.9))
 
 
 def test_statistics_that_are_not_updated() -> None:
-    """The outputs of training are right; what it leaves behind is not."""
+    """The outputs in training are correct, but the statistics afterwards are not."""
 
     def forget(model: nn.Module) -> None:
         model.norm.momentum = 0.0  # type: ignore[union-attr, assignment]
@@ -374,7 +375,7 @@ def _ignored(handle: Any) -> None:
 
 
 def test_a_failure_on_the_example_itself() -> None:
-    """In float32, where it lies."""
+    """The hook fails only in float32, the example's own dtype."""
 
     def insist(module: nn.Module, given: Any) -> None:
         if given[0].dtype is torch.float32:
@@ -389,7 +390,7 @@ def test_a_failure_on_the_example_itself() -> None:
 
 
 def test_a_guard_is_a_refusal() -> None:
-    """The graph says that it was traced for another length: nothing is computed wrong."""
+    """A graph that was traced for another length refuses the input, so nothing is wrong."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         return two(m, x if x.shape[1] > 4 else x * 2)
@@ -402,7 +403,7 @@ def test_a_guard_is_a_refusal() -> None:
 
 
 def test_a_guard_that_is_gone() -> None:
-    """The graph computes what the original computes for long inputs, for all of them."""
+    """Without the guard, the graph computes for all inputs what is right for long ones."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         return two(m, x if x.shape[1] > 4 else x * 2)
@@ -426,13 +427,11 @@ def test_a_guard_that_is_gone() -> None:
         fxprune.verify(model, result, torch.randn(2, 6, 4))
 
 
-# -- held against the user's own code, not against what was traced
+# -- comparisons with the user's code, not with what was traced
 
 
 def test_a_trace_that_is_wrong_is_caught() -> None:
-    """Graph and pruned model agree with each other, and both with what the model's code was
-    before.
-    """
+    """Graph and pruned model agree, but the model's code has changed since they were made."""
     factor = [1.0]
     model = Of(lambda m, x: two(m, x) * factor[0])
     result = fxprune.prune(model, X, channels=0.5)
@@ -474,8 +473,10 @@ def test_norms_over_survivors(norm: str) -> None:
 
 
 def test_a_copy_that_became_a_view_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A norm over survivors lies in memory as the original's does: writing into what may be a view
-    does what it did there.
+    """Without the clone that emission adds, a copy becomes a view if one channel is left.
+
+    ``verify`` sees it, because its norm over kept channels keeps the memory layout of the
+    original.
     """
     emission = sys.modules["fxprune.rewrite.emit"]._Emission
     monkeypatch.setattr(emission, "_may_become_a_view", lambda *_: False)
@@ -487,22 +488,20 @@ def test_a_copy_that_became_a_view_is_caught(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_norms_of_a_batch_that_is_squeezed(norm: str) -> None:
-    """With a batch of one there is one dimension less, and the last one is normalised as it
-    was.
-    """
+    """With a batch of one, one dimension is missing, and the last one is normalised as before."""
     proof = proved(Of(lambda m, x: m.b(NORMS[norm](m, m.a(x).squeeze()))), torch.randn(3, 4))
     assert "another batch" in proof.compared
 
 
 def test_a_norm_that_cannot_be_followed_is_left_out() -> None:
-    """With one dimension less group_norm takes the next one for its channels."""
+    """With one dimension less, ``group_norm`` takes another one for the channels."""
     model = Of(lambda m, x: m.b(F.group_norm(m.a(x).mT.squeeze(), 4).mT))
     proof = proved(model, torch.randn(3, 8, 4))
     assert any(reason.startswith("another batch: node") for reason in proof.left_out)
 
 
 class Twice(torch.autograd.Function):
-    """Two norms in one node, the first of which is none that was labelled."""
+    """Two norms in one node, of which the second has no labels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
@@ -533,7 +532,7 @@ def test_norms_in_parts() -> None:
 
 
 def test_a_part_that_gives_an_object() -> None:
-    """One that pytree does not know, which holds what nobody reads at full width."""
+    """The object is unknown to pytree, and holds a tensor that nobody reads at full width."""
 
     class Encoder(nn.Module):
         def __init__(self) -> None:
@@ -550,7 +549,7 @@ def test_a_part_that_gives_an_object() -> None:
             self.first, self.encoder, self.last = nn.Linear(4, 4), Encoder(), nn.Linear(4, 3)
 
         def forward(self, x: Tensor, n: int = 0) -> Tensor:
-            # a slice of a number: Python stays
+            # a slice by a number makes the code stay Python
             return self.last(self.encoder(self.first(x)).sum)[:, slice(-n, None)]
 
     proved(Looped(), torch.randn(2, 3, 4))
@@ -558,7 +557,7 @@ def test_a_part_that_gives_an_object() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_pruned_model_in_a_dtype_of_its_own(dtype: torch.dtype) -> None:
-    """The example is none of its own then, and the original's dtype none of its faults."""
+    """The example's dtype is then not the model's, and the difference in dtype is not an error."""
     model, result = pruned()
     result.model.to(dtype)
     proof = fxprune.verify(model, result, X)
@@ -569,7 +568,7 @@ def test_a_pruned_model_in_a_dtype_of_its_own(dtype: torch.dtype) -> None:
 
 
 def test_attention_of_torch() -> None:
-    """Its fused path hides the widths; the proof takes the plain one."""
+    """The fused path of attention hides the widths, so the slow path is compared."""
     layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
     model = nn.Sequential(
         nn.Linear(4, 16),
@@ -581,7 +580,7 @@ def test_attention_of_torch() -> None:
 
 
 def test_a_filter_that_is_gone_has_no_direction() -> None:
-    """Weights divided by their norms: 0/0 where a filter is gone."""
+    """Weights divided by their norms would be 0/0 for a removed filter."""
     proved(
         nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 16)), nn.Linear(16, 3))
     )
@@ -616,9 +615,7 @@ def test_both_runs_draw_the_same(draw: str) -> None:
 
 
 def test_what_decides_a_draw_is_compared() -> None:
-    """The numbers are the original's; that they would be drawn by other odds shows all the
-    same.
-    """
+    """Both models get the original's draws, so their probabilities are compared as well."""
     model = Of(lambda m, x: torch.bernoulli(torch.sigmoid(two(m, x))))
     result = fxprune.prune(model, X, channels=0.5)
     assert fxprune.verify(model, result, X).error < 1e-9
@@ -627,7 +624,7 @@ def test_what_decides_a_draw_is_compared() -> None:
 
 
 def test_what_no_seed_makes_the_same() -> None:
-    """It cannot be compared, and is not reported as a fault."""
+    """It cannot be compared, and the message does not call it a bug."""
     calls = iter(range(100))
     model, drifting = Of(two), Of(two)
     result = fxprune.prune(model, X, channels=0.5)
@@ -651,7 +648,7 @@ def test_nobody_elses_random_numbers_are_touched() -> None:
 
 
 class Looked(nn.Module):
-    """Rows of a table; where, is a difference of the input's numbers."""
+    """A lookup of table rows by the difference of two integers in the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -672,7 +669,7 @@ def test_whole_numbers_of_which_only_the_shape_is_known() -> None:
 
 
 def test_values_that_a_model_insists_on() -> None:
-    """The logarithm of a normal number is none: then the example's own values are taken."""
+    """The logarithm of a normal number may be NaN, so the example's own values are used."""
     proved(Of(lambda m, x: two(m, x.log()).sum() + x.new_zeros(1)), torch.rand(2, 4) + 0.5)
 
 
@@ -702,7 +699,7 @@ def test_single_tensors_made_in_forward(made: str) -> None:
 
 
 class Single(torch.autograd.Function):
-    """An operation that has no double."""
+    """An operation that has no float64 kernel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -735,7 +732,7 @@ def test_what_is_no_number_in_the_same_places() -> None:
 
 
 def test_no_error_but_its_own() -> None:
-    """Whatever goes wrong is told with the user's line."""
+    """Each error names the user's line."""
     model, result = pruned(Of(two))
     with pytest.raises(VerificationError, match=r"original itself fails.*test_verify"):
         fxprune.verify(model, result, torch.randn(2, 5))
@@ -747,7 +744,7 @@ def test_no_error_but_its_own() -> None:
 
 
 def test_the_user_keeps_everything() -> None:
-    """Also what forward writes, and the mode."""
+    """``verify`` changes neither weights, buffers, gradients nor modes."""
     model = Of(lambda m, x: m.b(m.norm(m.a(x))), norm=nn.BatchNorm1d(16)).train()
     model.norm.eval()
     x = torch.randn(5, 4)
@@ -775,7 +772,7 @@ def test_a_model_without_data() -> None:
 
 
 def test_a_path_that_carries_less_gradient() -> None:
-    """Every parameter still gets one; the outputs are right."""
+    """Every parameter still gets a gradient, and the outputs are correct."""
 
     def detach(model: nn.Module) -> None:
         model.a.register_forward_hook(lambda module, given, out: (out + out.detach()) / 2)  # type: ignore[union-attr, operator]
@@ -784,7 +781,7 @@ def test_a_path_that_carries_less_gradient() -> None:
 
 
 def test_python_that_draws_no_more() -> None:
-    """A layer that the original leaves out half of the time."""
+    """The original skips a layer half of the time."""
 
     def layer_drop(model: nn.Module) -> nn.Module:
         model.register_forward_hook(lambda module, given, out: out * (random.random() < 2.0))
@@ -810,7 +807,7 @@ def test_complex_outputs() -> None:
 
 @pytest.mark.parametrize("takes", ["other sizes", "one size"])
 def test_a_model_that_takes_long(takes: str) -> None:
-    """Most of it is proved on small inputs, or in float32, whose rounding is none of the error."""
+    """For slow models, most comparisons use small inputs or float32, with its own limit."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         return two(m, x) + (x.new_zeros(1) if takes == "other sizes" else x.new_zeros(6, 1))
@@ -827,9 +824,7 @@ def test_a_model_that_takes_long(takes: str) -> None:
 
 
 def test_what_cancels_is_no_error() -> None:
-    """The sum over channels that were centred is zero but for rounding: no relative error says
-    anything about it.
-    """
+    """A sum over centred channels is zero but for rounding, so its relative error says nothing."""
 
     class Centred(nn.Module):
         def __init__(self) -> None:
@@ -848,7 +843,7 @@ def test_what_cancels_is_no_error() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1e-13, 1e-20])
 def test_small_outputs_are_compared(scale: float) -> None:
-    """An output as small as rounding is elsewhere is held to the same relative error."""
+    """Outputs as small as rounding errors elsewhere are compared with the same relative error."""
     model, x = Of(lambda m, x: two(m, x) * scale), torch.randn(2, 6, 4)
     assert fxprune.prune(model, x, channels=0.5, verify=True).report.error < 1e-12
     wanted = torch.rand(5, dtype=torch.float64) * scale
@@ -859,7 +854,7 @@ def test_small_outputs_are_compared(scale: float) -> None:
 
 
 class Amplified(nn.Module):
-    """What is nothing but rounding, two orders of one product, is brought to length one."""
+    """A rounding difference between two orders of one product, scaled to length one."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
@@ -877,8 +872,9 @@ class Amplified(nn.Module):
 
 
 def test_rounding_that_is_amplified_is_no_error() -> None:
-    """Weights that are rounded otherwise move the original as far, which says nothing. A model
-    that is wrong is called so.
+    """Differently rounded weights change the original just as much, so the difference is no error.
+
+    A wrong model is still found.
     """
     model, x = Amplified(1e-3), torch.randn(4, 6)
     pruned = fxprune.prune(model, x, channels=0.5)
@@ -890,7 +886,7 @@ def test_rounding_that_is_amplified_is_no_error() -> None:
 
 
 def test_the_proof_cuts_a_parameter_once() -> None:
-    """However many times both models run: on large models it costs more than to run them."""
+    """On large models, cutting a parameter costs more than running both models."""
     model, result = pruned()
     with mock.patch("fxprune.verification.runs.cut", wraps=verification_runs.cut) as cut:
         assert len(fxprune.verify(model, result).compared) > 3
@@ -908,9 +904,7 @@ def test_the_proof_leaves_weights_as_they_are(randomize: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_gradients_are_those_without_a_mode_that_looks_on() -> None:
-    """Second derivatives of rows: torch dies when it takes gradients of them under a mode that
-    sees operations.
-    """
+    """PyTorch crashes if it computes gradients of second derivatives under a dispatch mode."""
 
     class Curved(nn.Module):
         def __init__(self) -> None:
@@ -933,8 +927,9 @@ def test_gradients_are_those_without_a_mode_that_looks_on() -> None:
 
 
 class Asserts(nn.Module):
-    """A block that asserts something of its own; ``limit``: the size from which on it does
-    something else.
+    """A block with an assertion of its own.
+
+    With ``limit``, it branches on the size instead.
     """
 
     def __init__(self, channels: int, limit: int = 0) -> None:
@@ -961,7 +956,7 @@ class InParts(nn.Module):
 
 
 def test_what_a_guard_refuses_is_told_by_the_guard() -> None:
-    """Not by a name that an assertion of the user's has, too, in another part."""
+    """The guard itself is identified, not just its name, which other assertions may have."""
     model, x = InParts().eval(), torch.randn(2, 3, 8, 8)
     result, coupling = fxprune.prune(model, x, channels=0.5), fxprune.analyze(model, x)
     fxprune.verify(model, result, x)
@@ -971,7 +966,7 @@ def test_what_a_guard_refuses_is_told_by_the_guard() -> None:
 
 
 def test_an_assertion_of_the_users_is_no_guard() -> None:
-    """Whatever it says: where the original passes it, the pruned model has to."""
+    """Where the original passes its assertion, the pruned model must pass it too."""
     model, x = InParts().eval(), torch.randn(2, 3, 8, 8)
     result, coupling = fxprune.prune(model, x, channels=0.5), fxprune.analyze(model, x)
     result.model.first.graph = with_a_failing_assertion(result.model.first.graph)
@@ -981,14 +976,14 @@ def test_an_assertion_of_the_users_is_no_guard() -> None:
 
 
 def with_a_failing_assertion(graph: fx.Graph) -> fx.Graph:
-    """The user's, which now says what a guard says."""
+    """Make the user's assertion fail with the text of a guard."""
     node = next(node for node in graph.nodes if node.target is torch._assert)
     node.args = False, "this graph was traced for inputs with x.size(2) == 8"
     return graph
 
 
 class Hides(nn.Module):
-    """It has parameters that no output shows."""
+    """A model with parameters that do not affect the output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1020,7 +1015,7 @@ def test_weights_that_were_changed_are_told(name: str) -> None:
     assert f"the weights themselves: '{name}' has other values than the plan leaves" in str(
         proof.left_out
     )
-    if name == "positions":  # a buffer is looked at after a run in training mode, too
+    if name == "positions":  # a buffer is also compared after a run in training mode
         with pytest.raises(VerificationError, match="differs from the masked original"):
             fxprune.verify(model, result, x, randomize=False)
     else:

@@ -1,5 +1,7 @@
-"""Python between parts that asks for values: of its caller's inputs freely, each way that it can
-go followed; of weights not.
+"""Python code between parts that reads values.
+
+Branches on values are followed both ways. Numbers taken from inputs or weights are allowed only in
+code that cannot branch on them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from tests.support.checking import masked, randomise, relative_error
 
 
 class Asks(nn.Module):
-    """Two layers, and code of the caller's values between them."""
+    """Layers with code between them that may read the caller's values."""
 
     def __init__(self, code: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -109,7 +111,7 @@ def test_numbers_that_depend_on_weights_keep_parts_whole_to_each_other() -> None
 def test_numbers_of_the_caller_that_code_may_turn_by_keep_parts_whole_to_each_other(
     read: Callable[[Tensor], bool],
 ) -> None:
-    """For another number other parts may be called, on whatever there is."""
+    """For another number, the code may call other parts, on tensors of any kind."""
 
     def code(model: Any, y: Tensor, n: Tensor) -> Tensor:
         return model.b(y) if read(n) else model.c(y)
@@ -122,7 +124,7 @@ def test_numbers_of_the_caller_that_code_may_turn_by_keep_parts_whole_to_each_ot
 
 
 def decided(forward: Callable[[Any, Tensor], Any], x: Tensor) -> list[tuple[bool, ...]] | str:
-    """The ways of a function, or the line that decides by weights."""
+    """Return the followed answers of a function, or the line because of which they are unknown."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -143,14 +145,15 @@ def test_ways() -> None:
     x = torch.ones(2)
     assert decided(lambda m, x: x * 2, x) == [()]
     assert decided(lambda m, x: 1 if x.sum() > 0 else 2, x) == [(True,), (False,)]
-    # one line, asked twice
+    # one line that asks twice
     assert decided(lambda m, x: [1 for v in x if v > 0], x) == [
         (True, True),
         (False, True),
         (True, False),
     ]
     assert "test_ways.py" in decided(lambda m, x: int(x.sum()) and x.tolist(), x)
-    assert decided(lambda m, x: bool(torch.zeros(x.shape).any()), x) == [()]  # of sizes alone
+    # depends only on sizes
+    assert decided(lambda m, x: bool(torch.zeros(x.shape).any()), x) == [()]
     for asks in (bool, lambda v: torch.equal(v, v), lambda v: (v > 0).item()):
         assert decided(lambda m, x, asks=asks: asks((m.w.detach() * x).sum()), x) == [
             (True,),
@@ -163,7 +166,7 @@ def test_ways() -> None:
 
 
 def test_a_way_that_fails_is_not_known() -> None:
-    """Unlike one that the model refuses itself: for another example it may be fine."""
+    """A branch that fails may work for another example, unlike one that the model refuses."""
 
     def fails(model: Any, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else x.view(3)
@@ -178,7 +181,7 @@ def test_a_way_that_fails_is_not_known() -> None:
 
     def meets_a_check_later(model: Any, x: Tensor) -> Tensor:
         y = x if x.sum() > 0 else x[:1]
-        return nn.BatchNorm1d(1).train()(y[:, None])  # more than one value is wanted
+        return nn.BatchNorm1d(1).train()(y[:, None])  # training mode needs more than one value
 
     assert decided(checked, torch.ones(2)) == [(True, True, True)]
     assert "test_ways.py" in decided(meets_a_check_later, torch.ones(2))
@@ -205,7 +208,7 @@ def test_many_ways_are_not_followed() -> None:
 
 
 class Counts(nn.Module):
-    """What the caller gives says how long things are, and how often they come."""
+    """The caller's numbers give lengths and repetitions."""
 
     def __init__(self, code: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -268,7 +271,7 @@ def test_packed_sequences_carry_channels() -> None:
 
 
 class Repeats(nn.Module):
-    """A loop that goes on while values say so: what one turn gives, the next takes."""
+    """A loop that continues depending on values; each pass takes the output of the one before."""
 
     def __init__(self, of_weights: bool) -> None:
         super().__init__()
@@ -302,9 +305,7 @@ def test_a_loop_ties_its_turns_however_often_the_example_turns(
 
 
 def test_ways_of_weights_are_the_same_for_other_weights(tmp_path: Path) -> None:
-    """What is saved is loaded into whatever the factory makes, which may lead its Python another
-    way.
-    """
+    """The factory of a loaded model may give other weights, which lead the code another way."""
 
     def build(shift: float) -> Asks:
         model = randomise(Asks(lambda m, y, mask: m.b(y) if y.sum() > 0 else m.c(y))).eval()
@@ -380,7 +381,7 @@ def test_numbers_of_weights_in_code_that_can_turn(code: Any) -> None:
 
 
 class Drops(nn.Module):
-    """Layers that training leaves out now and then."""
+    """A model that skips a layer at random in training."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
-"""Emitted models are whole: they train, switch modes, keep names, types and ties, and compile,
-export and convert.
+"""Emitted models are complete.
+
+They train, switch modes, keep names, dtypes and ties, and can be compiled, exported and converted.
 """
 
 import copy
@@ -33,12 +34,13 @@ families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family
 zoo = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 COMPOSITE = ("attention_module", "vit_module", "cross_attention", "encoder_layer")
-"""Zoo cases around nn.MultiheadAttention, which is taken apart: sums may be reordered, names may
-be fewer.
+"""Zoo cases with ``nn.MultiheadAttention``, which is decomposed.
+
+Sums may be reordered, and some names may be missing.
 """
 
 SLOW_TO_COMPILE = ("googlenet", "inception_v3")
-"""Families of so many layers that capturing a graph takes ten seconds."""
+"""Families with so many layers that capturing a graph takes ten seconds."""
 
 QUICK_TO_CONVERT = ("mobilenet_v2", "resnet", "vit")
 """The families whose ONNX export is not marked slow."""
@@ -54,14 +56,15 @@ compiled_families = pytest.mark.parametrize(
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """`model` in float32 with random weights and statistics, in eval mode."""
+    """Return ``model`` in float32 with random weights and statistics, in evaluation mode."""
     return randomise(model, torch.float32).eval()
 
 
 @functools.cache
 def halved(family: Family) -> tuple[nn.Module, Any]:
-    """A family's model and its `Pruned` at half the channels. Shared between tests: copy before
-    you change it.
+    """Return a family's model and its ``Pruned`` at half the channels.
+
+    Tests share both objects, so copy them before you change them.
     """
     torch.manual_seed(0)
     model = randomised(family.build())
@@ -69,12 +72,12 @@ def halved(family: Family) -> tuple[nn.Module, Any]:
 
 
 def floating(output: Any) -> list[Tensor]:
-    """The tensors of an output that can have a gradient."""
+    """Return the tensors of an output that can have a gradient."""
     return [tensor for tensor in tensors(output) if tensor.is_floating_point()]
 
 
 def gradients(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
-    """One training step's forward and backward; the gradients that arrived, by name."""
+    """Run one forward and backward pass; return the gradients by name."""
     model.zero_grad()
     sum(output.square().mean() for output in floating(call(model, inputs))).backward()  # type: ignore[union-attr]
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -98,7 +101,7 @@ def test_any_batch(family: Family) -> None:
     "family", [f for f in FAMILIES if f.other], ids=lambda family: family.name
 )
 def test_another_resolution(family: Family) -> None:
-    """The model pruned at one resolution is exact at another."""
+    """A model pruned at one resolution is exact at another."""
     model, pruned = halved(family)
     assert family.other is not None
     check = fxprune.verify(
@@ -111,8 +114,8 @@ def test_another_resolution(family: Family) -> None:
 
 
 def check_trains(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
-    """`pruned` takes an optimiser's step as `model` would, and switches between its modes."""
-    # Both are changed below, and the user's model is needed again.
+    """Check that ``pruned`` trains as ``model`` does, and switches between its modes."""
+    # Both are changed below, and the given model is used again.
     model, pruned = copy.deepcopy(model).train(), pruned.train()
     assert all(module.training for module in pruned.modules())
     before = {name: p.detach().clone() for name, p in pruned.named_parameters()}
@@ -159,9 +162,7 @@ def test_zoo_trains(case: Case) -> None:
 
 
 def check_identity(model: nn.Module, inputs: Any, tolerance: float) -> None:
-    """At channels=1.0 the emitted model does in train mode what `model` does, random numbers
-    included.
-    """
+    """Check that at full width the emitted model trains like ``model``, including random draws."""
     pruned = fxprune.prune(model, inputs, channels=1.0).model
     assert count(pruned) == count(model)
     model.train(), pruned.train()
@@ -192,8 +193,9 @@ def test_zoo_at_full_width(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["convnext", "densenet", "efficientnet", "swin", "vit"])
 def test_dropout_and_stochastic_depth_stay_alive(name: str) -> None:
-    """Two seeds differ in train mode, and agree in eval mode, whichever mode the model was pruned
-    in.
+    """Two seeds differ in training mode and agree in evaluation mode.
+
+    This holds whichever mode the model was pruned in.
     """
     family = next(f for f in FAMILIES if f.name == name)
     x = torch.randn(2, *family.shape)
@@ -208,7 +210,7 @@ def test_dropout_and_stochastic_depth_stay_alive(name: str) -> None:
         assert not torch.equal(outputs[0][0], outputs[1][0]), (
             "nothing random is left in train mode"
         )
-    # Statistics moved between the two passes of train mode, so eval mode is asked again.
+    # Statistics changed in the two training passes, so evaluation mode runs again.
     assert torch.equal(pruned(x), pruned(x))
 
 
@@ -222,9 +224,7 @@ def test_mode_is_kept(training: bool) -> None:
 
 
 def check_names(model: nn.Module, pruned: nn.Module, composite: bool) -> None:
-    """The state dict has the original's names, and tensors of no more elements, of as many
-    axes.
-    """
+    """Check that tensors keep their names and ranks, and that none is larger than before."""
     original, emitted = model.state_dict(), pruned.state_dict()
     assert set(emitted) <= set(original), set(emitted) - set(original)
     assert composite or set(emitted) == set(original), set(original) - set(emitted)
@@ -276,7 +276,7 @@ def test_dtype_is_kept(dtype: torch.dtype) -> None:
 
 
 def test_mixed_dtypes_are_kept() -> None:
-    """Each parameter its own: normalisations in float32, as in mixed precision."""
+    """Each parameter keeps its dtype, such as float32 for normalisations in mixed precision."""
     model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 16).bfloat16(), nn.Linear(16, 4))
 
     class Mixed(nn.Module):
@@ -306,8 +306,9 @@ def test_frozen_parameters_stay_frozen() -> None:
 
 
 def test_parameters_are_the_emitted_models_own() -> None:
-    """No storage is shared: training one does not move the other. And no graph hangs on what was
-    sliced.
+    """No storage is shared, so training one model does not change the other.
+
+    No storage of a larger tensor is kept alive either.
     """
     model = Residual(16)
     for channels in (0.5, 1.0):
@@ -406,7 +407,7 @@ def test_compiles_as_one_graph(family: Family) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet", "swin", "vit"])
 def test_compiles_with_inductor(name: str) -> None:
-    """The real backend."""
+    """Inductor is the default backend."""
     family = next(f for f in FAMILIES if f.name == name)
     model, x = halved(family)[1].model, torch.randn(2, *family.shape)
     torch._dynamo.reset()
@@ -418,11 +419,11 @@ def test_compiles_with_inductor(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet", "swin", "vit"])
 def test_trains_with_inductor(name: str) -> None:
-    """The real backend's gradients are those of the uncompiled model.
+    """Inductor's gradients equal those of the uncompiled model.
 
-    In float64 and from a fresh initialisation: random weights of order one make a train-mode
-    network of this depth chaotic (in the original as well, an input that differs by 1e-12 moves
-    its gradients by percents), so that rounding alone would decide.
+    The model is in float64 and freshly initialised. With random weights of order one, a network of
+    this depth is chaotic in training mode: in the original, too, an input that differs by 1e-12
+    changes gradients by several percent. Rounding alone would then decide.
     """
     family = next(f for f in FAMILIES if f.name == name)
     torch.manual_seed(0)
@@ -538,7 +539,7 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 @pytest.mark.parametrize("how", ["name", "glob", "module", "list"])
 def test_keep(how: str) -> None:
-    """What a kept module owns stays as it is, however it is named; the rest is pruned."""
+    """A kept module stays as it is, however it is named, and the rest is pruned."""
     model, x = Residual(16), torch.randn(2, 3, 8, 8)
     keep: Any = {
         "name": "a1",
@@ -554,7 +555,7 @@ def test_keep(how: str) -> None:
 
 
 def test_layer_attributes_follow_the_shapes() -> None:
-    """`print(pruned.model)` tells the truth."""
+    """``print(pruned.model)`` shows the real sizes."""
     pruned = fxprune.prune(Residual(16), torch.randn(2, 3, 8, 8), channels=0.5).model
     for module in pruned.modules():
         if isinstance(module, nn.Conv2d):
@@ -572,7 +573,7 @@ def test_layer_attributes_follow_the_shapes() -> None:
     "case", [c for c in CASES if c.name in ("residual", "vit_packed")], ids=lambda case: case.name
 )
 def test_plan_replays(case: Case) -> None:
-    """The same plan, also through JSON, gives the same model."""
+    """The same plan gives the same model, also after a round trip through JSON."""
     model, inputs = randomised(case.build(case.width)), case.inputs(2)
     pruned = fxprune.prune(model, inputs, channels=0.5)
     plan = fxprune.Plan.from_json(pruned.plan.to_json())

@@ -1,5 +1,6 @@
-"""What a model of other widths costs, without building it: polynomials in how many units survive
-of each kind.
+"""Costs of a model with other widths, without building it.
+
+They are polynomials in the number of surviving units of each kind.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ few = settings(
 
 
 class Costs:
-    """The analysis of a model with all that `fxprune.select.kinds` reads off it."""
+    """The analysis of a model, with everything that ``fxprune.select`` derives from it."""
 
     def __init__(self, coupling: fxprune.Coupling) -> None:
         self.coupling = coupling
@@ -38,7 +39,7 @@ class Costs:
         self.macs, self.params = macs_of(coupling, self.kinds), params_of(coupling, self.kinds)
 
     def draw(self, rng: np.random.Generator, widths: list[int] | None = None) -> Kept:
-        """Any survivors that the balance allows, at these widths, or at random ones."""
+        """Return random survivors that the balance allows, with the given or random widths."""
         kept: dict[str, list[int]] = {group.name: [] for group in self.coupling.groups}
         for number, pool in enumerate(self.pools):
             width = int(rng.integers(1, pool.width + 1)) if widths is None else widths[number]
@@ -49,7 +50,7 @@ class Costs:
         return {name: tuple(sorted(units)) for name, units in kept.items()}
 
     def counts(self, kept: Kept) -> np.ndarray:
-        """How many units of each kind survive."""
+        """Return how many units of each kind survive."""
         left = [
             self.kinds.of_unit[np.array(g.units)[list(kept[g.name])]] for g in self.coupling.groups
         ]
@@ -60,15 +61,16 @@ class Costs:
         )
 
     def measured(self, kept: Kept) -> tuple[int, int]:
-        """MACs and parameters, counted on the shapes that the smaller model has."""
+        """Return MACs and parameters, counted on the shapes of the smaller model."""
         left = Survivors(self.coupling, kept)
         learnable = [t for t in self.coupling.parameters.values() if isinstance(t, nn.Parameter)]
         return self.coupling.macs(left.shape), sum(int(np.prod(left.shape(t))) for t in learnable)
 
 
 def check(costs: Costs, seed: int) -> None:
-    """At full and at random widths: what the polynomials say is what the shapes of the smaller
-    model give.
+    """Check that the polynomials equal the cost of the smaller model's shapes.
+
+    Widths are full at first, then random.
     """
     rng = np.random.default_rng(seed)
     for kept in (
@@ -81,8 +83,9 @@ def check(costs: Costs, seed: int) -> None:
 
 
 def check_saved(costs: Costs, seed: int) -> None:
-    """What a pool saves with one unit of each block is the difference of two values, to the last
-    one.
+    """Check that removing one unit of each block saves the difference of two values.
+
+    This holds for each pool until one unit per block is left.
     """
     kept = costs.draw(np.random.default_rng(seed))
     counts = costs.counts(kept)
@@ -96,7 +99,7 @@ def check_saved(costs: Costs, seed: int) -> None:
 
 
 def _one_less(costs: Costs, kept: Kept, number: int) -> np.ndarray:
-    """The counts when the pool loses the first survivor of each block."""
+    """Return the counts after the pool loses the first survivor of each block."""
     pool = costs.pools[number]
     name = costs.coupling.groups[pool.group].name
     gone = {
@@ -106,8 +109,9 @@ def _one_less(costs: Costs, kept: Kept, number: int) -> np.ndarray:
 
 
 def check_partition(costs: Costs) -> None:
-    """Every unit is in one pool and of one kind; units of one block are of one cell, kinds ascend
-    with their pools.
+    """Check that every unit is in one pool and of one kind.
+
+    Units of a row lie in one block, and kinds ascend with their pools.
     """
     for index, group in enumerate(costs.coupling.groups):
         members = [
@@ -147,7 +151,7 @@ def test_random_networks(net, seed: int) -> None:
     check_saved(costs, seed + 1)
 
 
-# -- what a product of full-width dimensions would miss
+# -- cases that a product of full-width dimensions would miss
 
 
 class Between(nn.Module):
@@ -170,9 +174,7 @@ def between(function: Callable[[Tensor], Tensor], width: int = 6, out: int = 6) 
 
 
 class Stream(nn.Module):
-    """A convolution from a residual stream to itself: both of its dimensions are the same
-    units.
-    """
+    """A convolution from a residual stream to itself: both of its axes hold the same units."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +200,7 @@ def test_a_width_that_counts_twice() -> None:
 
 
 def test_units_that_are_read_more_often_than_others_are_of_another_kind() -> None:
-    """The last layer reads units 0 and 1 twice: one of them costs more than one of the others."""
+    """The last layer reads units 0 and 1 twice, so each of them costs more than another unit."""
     costs = between(lambda x: torch.cat([x, x[:, :2]], dim=1), out=8)
     ((pool,), group) = costs.pools, costs.coupling.groups[0]
     kinds = costs.kinds.of_unit[list(group.units)]
@@ -212,7 +214,7 @@ def test_units_that_are_read_more_often_than_others_are_of_another_kind() -> Non
 
 
 def test_an_axis_of_two_labellings_is_their_product() -> None:
-    """Every unit twice, and both copies by themselves: the next layer reads n m channels."""
+    """Every unit occurs twice, and the two copies can be pruned: there are n m channels."""
     costs = between(
         lambda x: x.unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(x.shape[0], -1, 4, 4), out=12
     )
@@ -222,7 +224,7 @@ def test_an_axis_of_two_labellings_is_their_product() -> None:
 
 
 def test_blocks_count_once_for_each() -> None:
-    """Both sides of a convolution of three groups: (n, m) of each lie on 3 n and 3 m channels."""
+    """A convolution of three groups has n and m units per group, on 3 n and 3 m channels."""
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 9, 1, groups=3), nn.Conv2d(9, 5, 1))
     costs = Costs(fxprune.analyze(model, torch.randn(2, 3, 4, 4)))
     assert [pool.units.shape for pool in costs.pools] == [(3, 2), (3, 3)]
@@ -251,8 +253,9 @@ def test_nothing_to_prune_is_a_constant() -> None:
     counts=st.tuples(*[st.integers(0, 9)] * 3),
 )
 def test_against_a_loop(rows, terms, counts) -> None:
-    """`at` and `saved` of any polynomial, as one would write them down; pool 0 has two kinds, pool
-    1 one.
+    """Compare ``at`` and ``saved`` of random polynomials with plain loops.
+
+    Pool 0 has two kinds, pool 1 has one.
     """
     kinds = Kinds(np.array([-1, 0, 1, 2]), np.array([0, 0, 1]), np.array([1, 1, 1]))
     terms = [(c, tuple(f % len(rows) for f in factors)) for c, factors in terms]

@@ -1,4 +1,4 @@
-"""Forward that writes into its weights and buffers: the next call meets what it has left."""
+"""Forward writes into weights and buffers, and the next call reads what was written."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ PRUNED = (clamps, shrinks, normalises, follows_sizes, averages, lifts)
 
 @pytest.mark.parametrize("write", PRUNED, ids=lambda write: write.__name__)
 def test_what_stays_zero_or_is_not_summed_is_pruned(write: Callable[[Any, Tensor], None]) -> None:
-    """Several calls, of several sizes, are those of the masked original."""
+    """Several calls, with several sizes, equal those of the masked original."""
     model = Writes(write).double()
     pruned = fxprune.prune(model, X.double(), channels=0.5)
     assert [
@@ -95,8 +95,9 @@ def counts_use(m: Any, x: Tensor) -> None:
 def test_what_is_summed_at_the_next_call_is_not(
     write: Callable[[Any, Tensor], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mean over all inputs makes non-zeros of removed ones, which the next mean takes for
-    weights. The proof would say so.
+    """A mean over all inputs makes removed weights nonzero, and the next mean would count them.
+
+    Without the pin, ``verify`` reports it.
     """
     model = Writes(write)
     pruned = fxprune.prune(model, X, channels=0.5)
@@ -145,7 +146,7 @@ def test_hidden_units_that_a_bias_lifts_stay(kind: Any) -> None:
 
 @pytest.mark.parametrize("write", [clamps, averages, centres], ids=lambda write: write.__name__)
 def test_the_user_keeps_weights_that_python_writes(write: Callable[[Any, Tensor], None]) -> None:
-    """A model in parts is run for real, on the user's weights; so is what measures."""
+    """A model in parts runs on the user's own weights, and so do criteria and compensation."""
 
     class InPython(Writes):
         def forward(self, x: Tensor) -> Tensor:
@@ -166,9 +167,7 @@ def test_the_user_keeps_weights_that_python_writes(write: Callable[[Any, Tensor]
 
 
 def test_undone() -> None:
-    """What is written is taken back, through views and in lists; what is not written is not
-    copied.
-    """
+    """Writes are undone, also through views and lists; unwritten tensors are not copied."""
     held = {
         "a": torch.ones(4),
         "b": nn.Parameter(torch.ones(4)),

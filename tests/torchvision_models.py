@@ -1,21 +1,20 @@
-"""The torchvision models that the tests and benchmarks run on: which, how to build one quickly,
-and what to feed it.
+"""The torchvision models that tests and benchmarks use: their names, builders and inputs.
 
-The list follows from ``torchvision.models.list_models()`` and from the module that each builder
-lives in, never from a list of names, so that a new torchvision release is covered on the day it
-comes out.
+The list is made from ``torchvision.models.list_models()`` and the module of each builder, not from
+a list of names. So a new torchvision release is covered at once.
 
-Two sizes of input exist for every model:
+Every model has two sizes of input:
 
-* ``small``: as few pixels as the architecture takes; what the tests use, as no analysis depends on
-  it.
-* ``native``: 224 pixels (112 for the small video networks), 16 frames; what the benchmarks use.
+* ``small``: as few pixels as the architecture accepts. Tests use it, because no analysis depends
+  on the size.
+* ``native``: 224 pixels (112 for the small video networks) and 16 frames. Benchmarks use it.
 
-Example:
-    >>> case = CASES["resnet18"]
-    >>> model, inputs = case.build(), case.inputs()
-    >>> tuple(model(inputs).shape)
-    (1, 1000)
+Examples
+--------
+>>> case = CASES["resnet18"]
+>>> model, inputs = case.build(), case.inputs()
+>>> tuple(model(inputs).shape)
+(1, 1000)
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.video import mvit
 
-#: Families of another interface (lists of images, targets, pairs of images): they are in
+#: Families with another interface (lists of images, targets, pairs of images). They are in
 #: :data:`COMPOSITE`.
 EXCLUDED_MODULES = ("detection", "optical_flow")
 
-#: Above this many parameters a model is marked slow, as drawing and masking them in float64 takes
-#: many seconds; the smallest model of each family is not, unless it has more than :data:`HUGE`.
+#: A model with more parameters is marked slow, because drawing and masking them in float64 takes
+#: many seconds. The smallest model of a family is slow only above :data:`HUGE` parameters.
 SLOW_PARAMETERS = 30_000_000
 HUGE = 100_000_000
 
@@ -52,17 +51,25 @@ HUGE = 100_000_000
 class Case:
     """One torchvision model with the inputs it takes.
 
-    Attributes:
-        name: what ``torchvision.models.get_model`` takes.
-        module: the module of the builder below ``torchvision.models``, such as
-            ``"video.swin_transformer"``.
-        parameters: number of parameters as the library documents it (without auxiliary heads that
-            only training uses).
-        small: shape of the smallest example input, batch of one included.
-        native: shape of the example input at the model's usual resolution.
-        small_options: keyword arguments for the constructor that make the ``small`` input possible
-            (a ViT's ``image_size``).
-        slow: whether the model is too large for the tests that run on every change.
+    Attributes
+    ----------
+    name:
+        The model's name for ``torchvision.models.get_model``.
+    module:
+        The module of the builder below ``torchvision.models``, such as
+        ``"video.swin_transformer"``.
+    parameters:
+        Number of parameters as the library documents it, without auxiliary heads that only
+        training uses.
+    small:
+        Shape of the smallest example input, including a batch axis of size one.
+    native:
+        Shape of the example input at the model's usual resolution.
+    small_options:
+        Keyword arguments of the builder that allow the ``small`` input, such as ``image_size`` of
+        a ViT.
+    slow:
+        Whether the model is too large for the tests that run on every change.
     """
 
     name: str
@@ -74,42 +81,39 @@ class Case:
     slow: bool = False
 
     def build(self, *, size: str = "small", seed: int = 0) -> nn.Module:
-        """Build the model for inputs of ``size``, in eval mode, with cheap but distinct and finite
-        random weights.
+        """Build the model for inputs of ``size``, in evaluation mode.
+
+        Its random weights are cheap to draw, distinct and finite.
         """
         options = dict(self.small_options) if size == "small" else {}
         with contextlib.ExitStack() as stack:
             stack.enter_context(cheap_weights(seed))
             stack.enter_context(warnings.catch_warnings())
-            # torchvision's own deprecations are not ours to report
+            # torchvision's own deprecations do not matter here
             warnings.simplefilter("ignore")
-            # its builders fix the sizes, its class takes them
+            # the builders fix the input sizes, but the class accepts them
             if self.module == "video.mvit" and options:
                 sized = functools.partial(_mvit, mvit.MViT, options)
                 stack.enter_context(unittest.mock.patch.object(mvit, "MViT", sized))
                 options = {}
             elif self.module.startswith("segmentation."):
-                options["weights_backbone"] = None  # else the backbone is downloaded
+                options["weights_backbone"] = None  # otherwise the backbone is downloaded
             elif self.module.rpartition(".")[2] in ("googlenet", "inception"):
-                options["init_weights"] = False  # not saying so is a FutureWarning there
+                options["init_weights"] = False  # the default causes a FutureWarning
             return models.get_model(self.name, weights=None, **options).eval()
 
     def inputs(self, *, size: str = "small", batch: int = 1, seed: int = 0) -> Tensor:
-        """Return a float32 batch of normal noise, of shape ``small`` or ``native`` with the batch
-        size replaced.
-        """
+        """Return a float32 batch of normal noise, shaped like ``small`` or ``native``."""
         shape = self.small if size == "small" else self.native
         return torch.randn(batch, *shape[1:], generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
 class Composite(Case):
-    """A detector or an optical flow: no graph holds it whole."""
+    """A detector or an optical flow model, which cannot be traced whole."""
 
     def build(self, *, size: str = "small", seed: int = 0) -> nn.Module:
-        """As of any model; a detector takes its images as small as it can, and nothing is
-        downloaded for its backbone.
-        """
+        """Build the model with random weights; a small detector accepts small images."""
         options: dict[str, Any] = (
             {"weights_backbone": None} if self.module.startswith("detection") else {}
         )
@@ -119,7 +123,7 @@ class Composite(Case):
             return models.get_model(self.name, weights=None, **options).eval()
 
     def inputs(self, *, size: str = "small", batch: int = 1, seed: int = 0) -> Any:
-        """A list of images, each of another size than the one before, or a pair of batches."""
+        """Return a list of images of different sizes, or a pair of batches for optical flow."""
         generator = torch.Generator().manual_seed(seed)
         shape = self.small if size == "small" else self.native
         if self.module.startswith("optical_flow"):
@@ -134,7 +138,7 @@ class Composite(Case):
 
 
 def small_detector(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:
-    """A RetinaNet of torchvision's over a few layers; images of any size."""
+    """Return torchvision's RetinaNet with a backbone of a few layers, for images of any size."""
     widths = (3, 8, 16, 16)
     blocks = [
         (nn.Conv2d(before, after, 3, 2, 1, bias=False), norm(after), nn.ReLU())
@@ -148,13 +152,11 @@ def small_detector(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Modu
 
 @contextlib.contextmanager
 def cheap_weights(seed: int = 0) -> Iterator[None]:
-    """Within the context, random initialisers repeat one pool of normal numbers instead of drawing
-    each number.
+    """Let random initialisers repeat one pool of normal numbers instead of drawing each number.
 
-    Drawing the weights takes longer than everything else about building a large model, truncated
-    normals above all. The pool's length is prime, so that no two channels of one weight are equal;
-    weights keep the spread of ``1 / sqrt(fan_in)``, so that activations stay finite in deep
-    models.
+    Drawing weights takes most of the time of building a large model, above all truncated normals.
+    The pool's length is prime, so that no two channels of a weight are equal. Weights keep a
+    standard deviation of ``1 / sqrt(fan_in)``, so that activations stay finite in deep models.
     """
     length = 65_537
     pool = torch.randn(length, generator=torch.Generator().manual_seed(seed))
@@ -183,14 +185,14 @@ def cheap_weights(seed: int = 0) -> Iterator[None]:
     )
     with (
         unittest.mock.patch.multiple(nn.init, **dict.fromkeys(names, fill)),
-        # bound at import there
+        # this module imported the function by name
         unittest.mock.patch("torch.nn.modules.activation.xavier_uniform_", fill),
     ):
         yield
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Count the elements of the model's parameters, a shared one once."""
+    """Return the number of elements of a model's parameters; shared ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -199,22 +201,22 @@ def _mvit(cls: type[nn.Module], options: Mapping[str, Any], **arguments: Any) ->
 
 
 def _shapes(name: str, module: str) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
-    """Return the small input, the native input and the constructor options of the small one."""
+    """Return the shapes of the small and the native input, and the options for the small one."""
     native: tuple[int, ...] = (
         (1, 3, 16, 224, 224) if module.startswith("video.") else (1, 3, 224, 224)
     )
     match module.removeprefix("quantization."):
-        case "inception":  # its auxiliary head pools a map of 17 x 17 in training mode
+        case "inception":  # in training, its auxiliary head needs features of 17 x 17
             return (1, 3, 299, 299), (1, 3, 299, 299), {}
-        case "maxvit":  # every stage must divide into 7 x 7 windows
+        case "maxvit":  # every stage must be divisible into windows of 7 x 7
             return native, native, {}
         case "vision_transformer":
-            # the name ends in the patch size: 4 x 4 patches and the class token
+            # the name ends with the patch size: use 4 x 4 patches
             image_size = 4 * int(name.rpartition("_")[2])
             return (1, 3, image_size, image_size), native, {"image_size": image_size}
         case "video.resnet":
             return (1, 3, 8, 32, 32), (1, 3, 16, 112, 112), {}
-        case "video.s3d":  # ends in a 2 x 7 x 7 average pool
+        case "video.s3d":  # ends with an average pool of 2 x 7 x 7
             return (1, 3, 14, 210, 210), native, {}
         case "video.mvit":
             return (1, 3, 8, 64, 64), native, {"spatial_size": (64, 64), "temporal_size": 8}
@@ -237,8 +239,10 @@ def _cases() -> Iterator[Case]:
 
 
 def _built_of(case: Case) -> Hashable:
-    """What the builder of a model names beside its weights: siblings that name the same differ in
-    widths and depths alone.
+    """Return a key that is equal for models which differ only in widths and depths.
+
+    It consists of the module of a model's builder and the names that the builder uses, without
+    those of weights.
     """
     code = inspect.unwrap(models.get_model_builder(case.name)).__code__
     names = {name for name in code.co_names if not name.endswith("Weights")}
@@ -260,10 +264,10 @@ def _composites() -> Iterator[Composite]:
         parameters = models.get_model_weights(name).DEFAULT.meta["num_params"]
         if module.startswith("optical_flow"):
             yield Composite(name, module, parameters, (1, 3, 128, 128), (1, 3, 360, 520))
-        else:  # SSD resizes to the one size that it is built for
+        else:  # SSD resizes images to the size it is built for
             sizes = {} if ".ssd" in module else {"min_size": 96, "max_size": 160}
-            # A quarter or half of a minute each; what is special in them has smaller ones:
-            # small_detector for RetinaNet.
+            # These take 15 to 30 seconds each. Smaller models cover their code; for RetinaNet,
+            # small_detector does.
             slow = "rcnn_resnet50" in name or name in ("ssd300_vgg16", "retinanet_resnet50_fpn")
             yield Composite(
                 name, module, parameters, (1, 3, 80, 128), (1, 3, 480, 640), sizes, slow
@@ -274,8 +278,9 @@ Kind = TypeVar("Kind", bound=Case)
 
 
 def _smallest(cases: Iterable[Kind], family: Callable[[Kind], Hashable]) -> dict[str, Kind]:
-    """All, those marked slow that have a smaller sibling in their family: they run the same
-    code.
+    """Return all cases by name; those with a smaller sibling in their family are marked slow.
+
+    Siblings run the same code.
     """
     known: set[Hashable] = set()
     found = {}
@@ -285,8 +290,8 @@ def _smallest(cases: Iterable[Kind], family: Callable[[Kind], Hashable]) -> dict
     return dict(sorted(found.items()))
 
 
-#: Every covered model that maps one batch of images to tensors, by name, in alphabetical order.
+#: Models that map one batch of images to tensors, by name, in alphabetical order.
 CASES: dict[str, Case] = _smallest(_cases(), _built_of)
 
-#: All others.
+#: All other models.
 COMPOSITE: dict[str, Composite] = _smallest(_composites(), lambda case: case.module)

@@ -106,7 +106,8 @@ class Plan:
 
     Examples
     --------
-    >>> import fxprune
+    >>> import fxprune, torch
+    >>> from torch import nn
     >>> def net():
     ...     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> plan = fxprune.prune(net(), torch.zeros(1, 3, 8, 8), channels=0.5).plan
