@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 import fxprune
 from fxprune.errors import ArgumentError, FxpruneError, ModelError, PlanError
 from fxprune.result import serialization as saving
+from fxprune.result import tensor_files
 from tests.zoo import CASES
 from tests.zoo.case import Case
 
@@ -146,12 +147,12 @@ def test_ties_that_the_architecture_has_not(tmp_path: Path) -> None:
     Loading without a check would silently lose a tensor.
     """
     tied, apart = tmp_path / "tied.safetensors", tmp_path / "apart.safetensors"
-    saving.save_tensors(Tied(), tied)
-    saving.save_tensors(Tied(tied=False), apart)
+    tensor_files.save_tensors(Tied(), tied)
+    tensor_files.save_tensors(Tied(tied=False), apart)
     with pytest.raises(PlanError, match=r"head\.weight.*tied on one side"):
-        saving.load_tensors(Tied(tied=False), tied)
+        tensor_files.load_tensors(Tied(tied=False), tied)
     with pytest.raises(PlanError, match=r"head\.weight.*tied on one side"):
-        saving.load_tensors(Tied(), apart)
+        tensor_files.load_tensors(Tied(), apart)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -207,9 +208,9 @@ def test_memory_formats_and_shared_storage(tmp_path: Path) -> None:
             )
 
     model, other = Views(), Views()
-    saving.save_tensors(model, tmp_path / "views.safetensors")
+    tensor_files.save_tensors(model, tmp_path / "views.safetensors")
     other.wide = other.wide.clone()
-    saving.load_tensors(other, tmp_path / "views.safetensors")
+    tensor_files.load_tensors(other, tmp_path / "views.safetensors")
     assert same_state(model, other)
 
 
@@ -229,13 +230,13 @@ def test_what_no_file_can_hold(tmp_path: Path) -> None:
             return {"a": 1}
 
     with pytest.raises(ModelError, match=r"_extra_state.*dict.*pickle"):
-        saving.save_tensors(Extra(2, 2), tmp_path / "a.safetensors")
+        tensor_files.save_tensors(Extra(2, 2), tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match=r"weight.*meta device"):
-        saving.save_tensors(nn.Linear(2, 2, device="meta"), tmp_path / "a.safetensors")
+        tensor_files.save_tensors(nn.Linear(2, 2, device="meta"), tmp_path / "a.safetensors")
     sparse = nn.Linear(2, 2)
     sparse.register_buffer("table", torch.eye(2).to_sparse())
     with pytest.raises(ModelError, match=r"table.*sparse_coo tensor.*make it dense"):
-        saving.save_tensors(sparse, tmp_path / "a.safetensors")
+        tensor_files.save_tensors(sparse, tmp_path / "a.safetensors")
 
 
 def test_nothing_is_pickled_or_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +337,7 @@ def test_weights_of_another_model_with_a_manifest_that_agrees(
         (nn.Sequential(nn.Conv2d(3, 4, 3)), "'1.weight' is not in the file"),
         (nn.Sequential(*build(4), nn.Linear(2, 2)), "'4.bias' is not in the model"),
     ):
-        saving.save_tensors(model, tmp_path / "other.safetensors")
+        tensor_files.save_tensors(model, tmp_path / "other.safetensors")
         resigned(copied, "model.safetensors", (tmp_path / "other.safetensors").read_bytes())
         refused(copied, "model.safetensors", message)
 
@@ -592,7 +593,7 @@ def test_a_pruned_model_whose_save_fails_leaves_the_earlier_one(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "model.safetensors"))
 
-    monkeypatch.setattr(saving, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(ArgumentError, match=r"model\.safetensors: No space left"):
         later.save(tmp_path)
     monkeypatch.undo()

@@ -8,7 +8,8 @@ from typing import Any
 
 from fxprune.common.public import public
 from fxprune.errors import ArgumentError
-from fxprune.ops.table import OPS, Formula, Op, Rule, Trait, exact_row, find_row, first_paragraph
+from fxprune.ops import table
+from fxprune.ops.table import Formula, Op, Rule, Trait, add_row, first_paragraph
 
 __all__ = ["register_rule"]
 
@@ -74,14 +75,14 @@ def register_rule(
                 f"name, result), not a {type(rule).__name__}."
             )
         doc = first_paragraph(rule)
-        _add_row_of_user(Op(name=name, rule=rule, doc=doc, macs=macs, of_user=True))
+        add_row(Op(name=name, rule=rule, doc=doc, macs=macs, of_user=True))
         return rule
 
     if like is None:
         return register
     # correctors and shape functions know the names of PyTorch's own ops only
-    shared = replace(OPS[like], name=name, shape=None, corrects=None, traits=Trait.NONE)
-    _add_row_of_user(replace(shared, macs=macs or shared.macs, of_user=True))
+    shared = replace(table.OPS[like], name=name, shape=None, corrects=None, traits=Trait.NONE)
+    add_row(replace(shared, macs=macs or shared.macs, of_user=True))
     return register
 
 
@@ -92,9 +93,9 @@ def _check_registration(name: Any, like: Any, macs: Any) -> None:
         raise ArgumentError(
             f'register_rule: {name!r} is no op of your own: give its name as "library::op".'
         )
-    if name in OPS:
+    if name in table.OPS:
         raise ArgumentError(f"register_rule: {name} has a rule already.")
-    has_rule = isinstance(like, str) and like in OPS and OPS[like].rule is not None
+    has_rule = isinstance(like, str) and like in table.OPS and table.OPS[like].rule is not None
     if like is not None and not has_rule:
         raise ArgumentError(
             f"register_rule: {like!r} has no rule that {name} could share; docs/rules.md lists "
@@ -105,10 +106,3 @@ def _check_registration(name: Any, like: Any, macs: Any) -> None:
             f"register_rule: macs of {name} is a function macs(positional arguments, result), not "
             f"a {type(macs).__name__}."
         )
-
-
-def _add_row_of_user(row: Op) -> None:
-    """Add a row that a user registered; earlier look-ups may have missed it."""
-    OPS[row.name] = row
-    for cached in (find_row, exact_row):
-        cached.cache_clear()

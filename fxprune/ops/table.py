@@ -26,6 +26,7 @@ __all__ = [
     "Kind",
     "Op",
     "Trait",
+    "add_row",
     "bind",
     "computes",
     "exact_row",
@@ -272,6 +273,13 @@ def row_or_empty(name: str) -> Op:
 def has_trait(name: str, trait: Trait) -> bool:
     """Tell whether the op of this name has a trait."""
     return name in OPS and bool(OPS[name].traits & trait)
+
+
+def add_row(row: Op) -> None:
+    """Add a row after all others; earlier look-ups may have missed it."""
+    OPS[row.name] = row
+    for cached in (find_row, exact_row):
+        cached.cache_clear()
 
 
 @functools.cache
