@@ -672,12 +672,12 @@ class Marks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x).relu()
         h.depth = 1
-        y = self.last(h)
+        y = self.last(self.second(h).relu())
         if self.marks_results:
             y.source = h
         return y
@@ -689,6 +689,8 @@ def test_what_forward_sets_on_a_result_is_set_by_the_pruned_model() -> None:
     model, x = Marks(), torch.randn(2, 4)
     pruned = fxprune.prune(model, x, channels=0.5, verify=True)
     assert "sets 'source' on a tensor" in str(pruned.report)
-    assert pruned.model(x).source.shape == (2, 4)
+    assert pruned.model(x).source.shape == (2, 8)  # it is handed out: its width is pinned
     model.marks_results = False
-    assert not fxprune.prune(model, x, channels=0.5, verify=True).report.parts
+    small = fxprune.prune(model, x, channels=0.5, verify=True)
+    assert not small.report.parts
+    assert small.model.get_parameter("first.weight").shape == (4, 4)

@@ -132,11 +132,19 @@ def iterate_leaves(value: Any, lazy: bool = False) -> Iterator[Any]:
             content = None if lazy and isinstance(leaf, Iterator) else _contents_of(leaf)
             if content is None:
                 yield leaf
+                yield from _tensors_set_on(leaf)
             else:
                 seen.add(leaf)
                 yield from walk(content)
 
     return walk(value)
+
+
+def _tensors_set_on(leaf: Any) -> list[Tensor]:
+    """Return the tensors that were set as attributes of a plain tensor (``y.features = h``)."""
+    if type(leaf) is not Tensor:
+        return []
+    return [value for value in vars(leaf).values() if isinstance(value, Tensor)]
 
 
 def has_tensors_as_keys(value: Any) -> bool:
