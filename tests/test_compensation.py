@@ -117,7 +117,7 @@ def test_least_squares_gives_back_what_is_redundant() -> None:
     torch.testing.assert_close(pruned.model(x), model(x), rtol=1e-6, atol=1e-6)
 
 
-def test_the_original_is_left_alone_and_nothing_is_done_twice() -> None:
+def test_the_original_is_left_alone() -> None:
     """Compensation leaves the original's mode and weights as they were, and no hooks on it."""
     model, x = teacher().train(), torch.randn(8, 3, 8, 8)
     pruned = fxprune.prune(model, x, channels=0.5)

@@ -541,7 +541,7 @@ def test_lamp_of_equal_units_is_equal() -> None:
     )
 
 
-def test_fpgm_calls_the_copy_redundant() -> None:
+def test_fpgm_sums_the_distances_of_filters() -> None:
     """Scores of FPGM are summed distances of filters, and exactly 0 if all filters are alike."""
     coupling, _ = chain_coupling()
     filters = (

@@ -40,11 +40,6 @@ def block(a: int, b: int) -> nn.Sequential:
     )
 
 
-def data_dependent(x: Tensor) -> None:
-    """Do what no graph can hold, so that the model cannot be traced whole."""
-    x.flatten()[x.flatten() > 1e9].tolist()
-
-
 class Between(nn.Module):
     """Two parts with Python code between them."""
 

@@ -49,7 +49,7 @@ def test_a_pruned_model_in_a_fresh_process(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_transformer_with_keywords(tmp_path: Path) -> None:
+def test_a_model_with_keywords(tmp_path: Path) -> None:
     """A model with keyword arguments and a dict as output can be exported."""
 
     class Two(nn.Module):

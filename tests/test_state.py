@@ -420,13 +420,13 @@ class Shows(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Conv2d(3, 8, 3), Keeps(shows)
+        self.first, self.last = nn.Conv2d(3, 8, 3), Keeps(shows_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.first(x)[:, :3])
 
 
-def shows(m: Any, x: Tensor) -> Tensor:
+def shows_features(m: Any, x: Tensor) -> Tensor:
     m.features = m.first.seen = x
     m.size = x.shape[2] * torch.ones(())
     return x

@@ -96,7 +96,7 @@ class PlainAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute what :meth:`torch.nn.MultiheadAttention.forward` computes."""
-        batched = query.dim() == 3
+        batched = bool(query.dim() == 3)  # asked once: each question becomes a guard
         q, k, v = self._batch_first(*self._project(query, key, value), batched)
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
