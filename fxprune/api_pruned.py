@@ -191,9 +191,8 @@ def _checked_ridge(ridge: Any) -> float:
     """Return ``ridge`` as a number, or raise an ArgumentError if it is not one of at least 0."""
     damping = as_number(ridge)
     if damping is None or not 0 <= damping < float("inf"):
-        raise ArgumentError(
-            f"ridge={short_repr(ridge)} must be a number of at least 0, e.g. ridge=1e-4."
-        )
+        message = f"ridge={short_repr(ridge)} must be a number of at least 0, e.g. ridge=1e-4."
+        raise ArgumentError(message)
     return damping
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,6 @@ __all__ = [
     "check_finite",
     "check_loader",
     "check_read",
-    "evaluation_mode",
     "loader_call",
 ]
 
@@ -259,21 +257,6 @@ def check_dimensions(what: str, given: Tensor, analysed: Any) -> None:
             f"{what} has {given.dim()} dimensions, and had {analysed.dim()}. Give batches of "
             "samples like the example's."
         )
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set a model to evaluation mode inside the context.
-
-    Afterwards every module has its former mode.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def check_read(samples: float) -> None:

@@ -249,12 +249,9 @@ def is_plain(tensor: Tensor) -> bool:
 
     Meta, sparse and quantised tensors do not, and neither do tensor subclasses.
     """
-    return (
-        type(tensor) in (Tensor, Parameter)
-        and not tensor.is_meta
-        and tensor.layout is torch.strided
-        and not tensor.is_quantized
-    )
+    if type(tensor) not in (Tensor, Parameter) or tensor.is_meta:
+        return False
+    return tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def encode_tensor(tensor: Tensor, most: float = _MOST_VALUES) -> str:

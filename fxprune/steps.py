@@ -159,10 +159,8 @@ class Steps:
             If its files are damaged.
         """
         if not self.done:
-            raise ArgumentError(
-                "no step has been finished"
-                + (": give folder= to keep them." if self.folder is None else " yet.")
-            )
+            ending = ": give folder= to keep them." if self.folder is None else " yet."
+            raise ArgumentError(f"no step has been finished{ending}")
         return self._load(self.done)
 
     def _load(self, k: int) -> Pruned:

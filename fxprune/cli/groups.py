@@ -87,11 +87,10 @@ class ModelInputOptions(ModelOptions):
 
     def load_with_inputs(self) -> tuple[nn.Module, tuple[Any, ...]]:
         """Return the model in eval mode and example inputs, with the messages of ``load``."""
+        weights_from = self.weights, self.checkpoint, self.saved
         with stage(f"building {self.model}"):
-            built = model_and_inputs(
-                self.model, self.input_shapes, self.weights, self.checkpoint, self.saved
-            )
-        note_random(self.model, self.weights, self.checkpoint, self.saved)
+            built = model_and_inputs(self.model, self.input_shapes, *weights_from)
+        note_random(self.model, *weights_from)
         return built
 
 

@@ -5,11 +5,14 @@ A graph made from the module would not run this code.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from fxprune.errors import TraceError
 
-__all__ = ["has_replaced_forward", "is_hooked", "put_in_mode", "refuse_hooks"]
+__all__ = ["has_replaced_forward", "in_mode", "is_hooked", "put_in_mode", "refuse_hooks"]
 
 _HOOK_STORES = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -30,6 +33,21 @@ def put_in_mode(model: nn.Module, training: bool) -> nn.Module:
     """
     model.train() if training else model.eval()
     return model
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put a model into training or evaluation mode inside the context.
+
+    Afterwards every module has its former mode.
+    """
+    before = {module: module.training for module in model.modules()}
+    put_in_mode(model, training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
 
 
 def refuse_hooks(root: nn.Module, *, below: bool = False) -> None:

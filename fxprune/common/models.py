@@ -99,11 +99,15 @@ def check_structure(model: Any) -> None:
 def _check_quantised(model: nn.Module) -> None:
     """Refuse a model with quantised modules."""
     for name, module in model.named_modules():
-        kind = type(module)
-        packages = ("nn.quantized", "nn.intrinsic.quantized")
-        is_quantised = any(package in kind.__module__ for package in packages)
-        if is_quantised and "Functional" not in kind.__name__.removeprefix("Q"):
-            raise _quantised(name or "the model", kind.__name__)
+        if _is_quantised(type(module)):
+            raise _quantised(name or "the model", type(module).__name__)
+
+
+def _is_quantised(kind: type) -> bool:
+    """Tell whether a class of modules computes with quantised weights."""
+    packages = ("nn.quantized", "nn.intrinsic.quantized")
+    is_in_package = any(package in kind.__module__ for package in packages)
+    return is_in_package and "Functional" not in kind.__name__.removeprefix("Q")
 
 
 _STORE_TYPES: Mapping[str, type] = {

@@ -83,9 +83,8 @@ def check_integer(name: str, value: Any, least: int = 1) -> int:
     """
     found = as_number(value)
     if not isinstance(found, int) or found < least:
-        raise ArgumentError(
-            f"{name}={short_repr(value)} must be a whole number of at least {least}."
-        )
+        message = f"{name}={short_repr(value)} must be a whole number of at least {least}."
+        raise ArgumentError(message)
     return found
 
 

@@ -17,6 +17,7 @@ from fxprune.coupling.propagation import LabelMode
 from fxprune.coupling.result import KEPT, OUTPUT
 from fxprune.labels import Array
 from fxprune.ops import Context
+from fxprune.ops.records import Record
 from fxprune.ops.running import ShapeMode
 from fxprune.trace import MetaCopy, Trace, trace
 
@@ -186,10 +187,9 @@ class Labelling:
     def _labels_of_axes(self) -> dict[int, Array]:
         """Return the labels of each parameter axis, by its number, with one label per position."""
         labels_of: dict[int, Array] = {}
-        for tensor in self.parameters.values():
-            record = self.context.record(tensor)
-            for f in record.own_fields if record is not None else ():
-                if record is not None and len(f.dims) == 1:
+        for record in self._records().values():
+            for f in record.own_fields:
+                if len(f.dims) == 1:
                     labels_of[record.axes[next(iter(f.dims))]] = f.labels.ravel()
         return labels_of
 
@@ -217,12 +217,12 @@ class Labelling:
 
         The next call then reads non-zeros at removed elements.
         """
-        names = set()
-        for name, tensor in self.parameters.items():
-            record = self.context.record(tensor)
-            if record is not None and record.overwritten:
-                names.add(name)
-        return names
+        return {name for name, record in self._records().items() if record.overwritten}
+
+    def _records(self) -> dict[str, Record]:
+        """Return the records of the parameters and buffers that have one, by name."""
+        found = {name: self.context.record(tensor) for name, tensor in self.parameters.items()}
+        return {name: record for name, record in found.items() if record is not None}
 
     def drop_unread(self) -> None:
         """Erase the nodes without labels from the graphs, so that they are not emitted."""
@@ -238,12 +238,8 @@ class Labelling:
 
     def unmet_parameters(self) -> list[str]:
         """Return the names of floating-point parameters and buffers that no op has met."""
-        names = []
-        for name, tensor in self.parameters.items():
-            record = self.context.record(tensor)
-            if record is not None and record.unmet and tensor.is_floating_point():
-                names.append(name)
-        return names
+        unmet = [name for name, record in self._records().items() if record.unmet]
+        return [name for name in unmet if self.parameters[name].is_floating_point()]
 
     def _finish(self, outputs: Any) -> None:
         """Pin the labels of the model's outputs."""
@@ -290,9 +286,5 @@ class Labelling:
 
 def _pinned_axes(pinned_nodes: Collection[str]) -> dict[str, int]:
     """Return the nodes of which one axis is pinned, with that axis."""
-    axes = {}
-    for entry in pinned_nodes:
-        name, _, axis = entry.rpartition("@")
-        if name:
-            axes[name] = int(axis)
-    return axes
+    parts = (entry.rpartition("@") for entry in pinned_nodes)
+    return {name: int(axis) for name, _, axis in parts if name}

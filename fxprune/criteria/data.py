@@ -26,9 +26,9 @@ from fxprune.calibration import (
     check_finite,
     check_loader,
     check_read,
-    evaluation_mode,
 )
 from fxprune.common.arrays import Floats
+from fxprune.common.hooks import in_mode
 from fxprune.common.identity import IdentityMap
 from fxprune.common.public import calling_user_code, public
 from fxprune.coupling import Coupling, check_coupling
@@ -297,7 +297,7 @@ class Activation(_Reader):
             undone.undoing(),
             torch.no_grad(),
             coupling.meta_copy.with_tensors(values) as filled,
-            evaluation_mode(filled),
+            in_mode(filled, False),
         ):
             for batch in batches_of(self.loader, model, coupling.example):
                 _watch_batch(meter, coupling, filled, batch)
@@ -349,7 +349,7 @@ def _each_gradient(
     ``gradients`` maps the name of each parameter to its gradient, in float32 or float64;
     ``samples`` is the number of samples in the batch.
     """
-    with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
+    with in_mode(model, False), torch.inference_mode(False), torch.enable_grad():
         weights = {}
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():

@@ -61,11 +61,8 @@ def compute_constants(root: fx.GraphModule, changing: Collection[fx.Node]) -> di
 def _is_computable(node: fx.Node, constants: Collection[fx.Node]) -> bool:
     """Tell whether all arguments of a call are constants, and there are some."""
     operands = node.all_input_nodes
-    return (
-        node.op in ("call_function", "call_method")
-        and bool(operands)
-        and all(operand in constants for operand in operands)
-    )
+    is_call = node.op in ("call_function", "call_method")
+    return is_call and bool(operands) and all(operand in constants for operand in operands)
 
 
 def new_buffer(

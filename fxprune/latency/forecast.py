@@ -362,9 +362,8 @@ class _Widths:
         """Return for each size the number of the first size that is proportional to it."""
         rng = np.random.default_rng(0)
         values = self.values(rng.uniform(0.1, 1.0, (3, len(kinds.size))) * kinds.size)
-        _, first, inverse = np.unique(
-            np.round(values / self.full, 9), axis=1, return_index=True, return_inverse=True
-        )
+        shares = np.round(values / self.full, 9)
+        _, first, inverse = np.unique(shares, axis=1, return_index=True, return_inverse=True)
         return first[inverse.reshape(-1)]
 
 

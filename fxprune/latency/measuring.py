@@ -269,9 +269,8 @@ def apply_setting(setting: Setting) -> Iterator[None]:
 
 def prepare_model(model: nn.Module, setting: Setting) -> nn.Module:
     """Return a copy of a model in eval mode, on the device and in the precision and layout."""
-    copied = put_in_mode(copy.deepcopy(model), False).to(
-        setting.place, PRECISIONS[setting.precision]
-    )
+    dtype = PRECISIONS[setting.precision]
+    copied = put_in_mode(copy.deepcopy(model), False).to(setting.place, dtype)
     if setting.channels_last:
         lay_out(copied)
     return copied

@@ -220,9 +220,8 @@ def narrow_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
 def slices_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:
     """Correct start and end of ``slice``."""
     part = slice(*(call.given.get(name) for name in ("start", "end", "step")))
-    new = index_literal(
-        numbers, call.given["self"], call.ran["dim"] % call.ran["self"].dim(), part
-    )
+    axis = call.ran["dim"] % call.ran["self"].dim()
+    new = index_literal(numbers, call.given["self"], axis, part)
     bounds = {"start": new.start, "end": new.stop}
     return {name: bound for name, bound in bounds.items() if name in call.given}
 
@@ -362,9 +361,8 @@ def group_norm_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change
     x = call.ran["input"]
     if call.ran["num_groups"] != x.shape[1]:
         return {}
-    return {
-        "num_groups": _scaled(numbers, call.given["num_groups"], numbers.survivors.shape(x)[1])
-    }
+    channels = numbers.survivors.shape(x)[1]
+    return {"num_groups": _scaled(numbers, call.given["num_groups"], channels)}
 
 
 def convolution_literals(numbers: NewNumbers, call: OpCall, value: Any) -> Change:

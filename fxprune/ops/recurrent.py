@@ -63,11 +63,9 @@ def packed(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
     """
     x, padding = (a["input"], 0) if "input" in a else (a["data"], a["padding_value"])
     fields = channel_fields(ctx, x, x.dim() - 1, _STEPS_REASON)
-    place_of = (out[0].dim() - 1,)
-    ctx.put(
-        out[0],
-        [Field(place(f.labels, place_of, out[0].dim()), f.zero and padding == 0) for f in fields],
-    )
+    rank = out[0].dim()
+    placed = [Field(place(f.labels, (rank - 1,), rank), f.zero and padding == 0) for f in fields]
+    ctx.put(out[0], placed)
 
 
 @computes(

@@ -44,10 +44,9 @@ def reshaped(ctx: Context, func: Any, a: dict[str, Any], out: Any) -> None:
 def _sized_like(ctx: Context, out: Tensor, x: Tensor, other: Tensor, base: Tensor) -> None:
     """Merge the labels of a result with those of the tensor whose sizes it takes."""
     rank = out.dim()
-    met = ctx.merge(
-        [ctx.operand(x, range(rank - x.dim(), rank), rank), ctx.operand(other, range(rank), rank)],
-        rank,
-    )
+    last_axes = range(rank - x.dim(), rank)
+    operands = [ctx.operand(x, last_axes, rank), ctx.operand(other, range(rank), rank)]
+    met = ctx.merge(operands, rank)
     ctx.put(out, [Field(m.labels, m.zero.get(0, False)) for m in met], base=base)
 
 

@@ -286,9 +286,8 @@ def _permutation(root: nn.Module, node: fx.Node, rank: int) -> Sequence[int] | N
     if len(node.all_input_nodes) != 1:
         return None
     probe = torch.empty(tuple(range(rank)), device=META)
-    return list(
-        execute(root, node, *fx.node.map_arg((node.args, node.kwargs), lambda _: probe)).shape
-    )
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: probe)
+    return list(execute(root, node, args, kwargs).shape)
 
 
 def _convolved(extents: Extents, node: fx.Node, axis: int) -> Extent:

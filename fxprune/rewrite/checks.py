@@ -143,9 +143,8 @@ class CheckedGraph:
         The number of survivors and the number of all elements, with common factors removed. None
         if all elements survive, or if the node is neither a mean nor a variance.
         """
-        mask = self.survivors.mask(
-            self.coupling.context.found.rescaled.get(self.prefix + node.name, [])
-        )
+        rescaled = self.coupling.context.found.rescaled.get(self.prefix + node.name, [])
+        mask = self.survivors.mask(rescaled)
         kept, total = int(np.count_nonzero(mask)), mask.size
         common = math.gcd(kept, total)
         return None if kept == total else (kept // common, total // common)

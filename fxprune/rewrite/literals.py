@@ -90,11 +90,8 @@ def _counting(function: Callable[..., Any], call: OpCall, share: tuple[int, int]
     ``function`` is the one of :mod:`fxprune.moments`.
     """
     dims, keepdim = reduced_dims(call.ran, call.ran["self"])
-    return (
-        function,
-        (call.given["self"], sorted(dims), float(correction_of(call.ran)), keepdim, *share),
-        {},
-    )
+    correction = float(correction_of(call.ran))
+    return function, (call.given["self"], sorted(dims), correction, keepdim, *share), {}
 
 
 def _counting_again(node: fx.Node, share: tuple[int, int]) -> NewCall:

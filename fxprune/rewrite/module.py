@@ -120,10 +120,9 @@ class PrunedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         stores, rest, kind = _parts(self)
-        graphs = (
-            pack(self.graph),
-            None if self.training_graph is None else pack(self.training_graph),
-        )
+        inference = pack(self.graph)
+        training = None if self.training_graph is None else pack(self.training_graph)
+        graphs = inference, training
         return _empty, (), {"stores": stores, "rest": rest, "graphs": graphs, "kind": kind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

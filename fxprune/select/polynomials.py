@@ -239,9 +239,8 @@ class Sizes:
             """Return all sizes, shape (n, sizes), for counts of shape (n, kinds)."""
             if not terms:
                 return np.zeros((len(counts), 0))
-            affine = np.concatenate(
-                [np.ones((len(counts), 1)), rows[:, 0] + counts @ rows[:, 1:].T], axis=1
-            )
+            ones = np.ones((len(counts), 1))
+            affine = np.concatenate([ones, rows[:, 0] + counts @ rows[:, 1:].T], axis=1)
             return np.add.reduceat(coefficient * affine[:, factors].prod(axis=2), starts, axis=1)
 
         return at

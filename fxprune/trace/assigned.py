@@ -48,9 +48,5 @@ def _find_assigned_names(kind: type) -> frozenset[str]:
 
 def _methods_of(kind: type) -> dict[str, Any]:
     """Return the methods of a class by name, without decorators that keep the original."""
-    methods = {}
-    for base in reversed(kind.__mro__):
-        for name, member in vars(base).items():
-            if callable(member):
-                methods[name] = inspect.unwrap(member)
-    return methods
+    members = [item for base in reversed(kind.__mro__) for item in vars(base).items()]
+    return {name: inspect.unwrap(member) for name, member in members if callable(member)}

@@ -35,11 +35,9 @@ def layout_of(value: Any) -> Any:
 def _is_of_python(kind: type) -> bool:
     """Tell whether a class was made by a class statement rather than in C."""
     members = vars(kind)
-    return (
-        any(isinstance(member, types.FunctionType) for member in members.values())
-        or not members.keys().isdisjoint(("__weakref__", "__slots__"))
-        or any(map(_is_of_python, kind.__bases__))
-    )
+    has_functions = any(isinstance(member, types.FunctionType) for member in members.values())
+    has_layout = not members.keys().isdisjoint(("__weakref__", "__slots__"))
+    return has_functions or has_layout or any(map(_is_of_python, kind.__bases__))
 
 
 _LAYOUTS: frozenset[Any] = frozenset(

@@ -32,9 +32,8 @@ def depends_on_ranks_only(node: fx.Node) -> bool:
     """
     inputs = node.all_input_nodes
     if any(isinstance(n.meta.get("val"), Tensor) for n in inputs):
-        return node.target in ("dim", "ndimension") or (
-            node.target is getattr and str(node.args[1]) == "ndim"
-        )
+        is_ndim = node.target is getattr and str(node.args[1]) == "ndim"
+        return is_ndim or node.target in ("dim", "ndimension")
     return bool(inputs) and all(map(depends_on_ranks_only, inputs))
 
 

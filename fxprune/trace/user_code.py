@@ -183,9 +183,5 @@ def is_library_file(filename: str) -> bool:
 @functools.cache
 def _is_internal(filename: str) -> bool:
     """Tell whether a file is not the user's: generated, of torch, fxprune or Python's helpers."""
-    return (
-        filename.startswith("<")
-        or is_library_file(filename)
-        or "/contextlib.py" in filename
-        or "/unittest/" in filename
-    )
+    is_helper = "/contextlib.py" in filename or "/unittest/" in filename
+    return filename.startswith("<") or is_library_file(filename) or is_helper

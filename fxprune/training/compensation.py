@@ -24,9 +24,9 @@ from fxprune.calibration import (
     check_dimensions,
     check_finite,
     check_read,
-    evaluation_mode,
 )
 from fxprune.common.contents import named_tensors
+from fxprune.common.hooks import in_mode
 from fxprune.common.public import public
 from fxprune.coupling import Coupling
 from fxprune.errors import ArgumentError
@@ -393,7 +393,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
     Every module then has its former mode, and every tensor its former values.
     """
-    with UndoWrites(named_tensors(model)).undoing(), evaluation_mode(model):
+    with UndoWrites(named_tensors(model)).undoing(), in_mode(model, False):
         yield
 
 

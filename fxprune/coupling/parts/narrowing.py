@@ -97,12 +97,13 @@ def is_of_one_size(name: str, bound: Mapping[str, Any], out: Any, labels: Labels
 
 def _shared(array: Array) -> list[int]:
     """Return the dimensions along which some label lies on several positions."""
-    found = []
-    for dim in varied(array):
-        rows = array.swapaxes(dim, -1).reshape(-1, array.shape[dim])
-        if any(len(np.unique(row[row > 0])) < np.count_nonzero(row) for row in rows):
-            found.append(dim)
-    return found
+    return [dim for dim in varied(array) if _has_repeats(array, dim)]
+
+
+def _has_repeats(array: Array, dim: int) -> bool:
+    """Tell whether some label lies on several positions along a dimension."""
+    rows = array.swapaxes(dim, -1).reshape(-1, array.shape[dim])
+    return any(len(np.unique(row[row > 0])) < np.count_nonzero(row) for row in rows)
 
 
 def _removals(fields: list[Array]) -> Iterator[Array]:

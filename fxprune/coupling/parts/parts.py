@@ -330,12 +330,7 @@ class Parts:
 
 def _call_unseen(call: Callable[[], Any], mode: RealMode, undone: UndoWrites) -> Any:
     """Call a part on data, seen by no mode but the one that notes what is written."""
-    with (
-        _disable_current_modes(),
-        torch.inference_mode(),
-        mode.paused(),
-        undone.watching(),
-    ):
+    with _disable_current_modes(), torch.inference_mode(), mode.paused(), undone.watching():
         return call()
 
 

@@ -179,13 +179,9 @@ class Questions(TorchFunctionMode):
         count, thread = builtins.len, threading.get_ident()
 
         def seen(value: Any, /) -> int:
-            known = (
-                isinstance(value, Tensor)
-                and threading.get_ident() == thread
-                and self.is_active()
-                and value not in self.own
-            )
-            return Size(count(value), self) if known else count(value)
+            is_here = threading.get_ident() == thread
+            known = isinstance(value, Tensor) and is_here and self.is_active()
+            return Size(count(value), self) if known and value not in self.own else count(value)
 
         builtins.len = seen
         try:
@@ -224,11 +220,9 @@ class _FromSizes:
     def __bool__(self) -> bool:
         number: Any = _plain_number(self)
         frame = sys._getframe(1)
-        return (
-            bool(number)
-            if is_library_file(frame.f_code.co_filename)
-            else self.questions.answer(bool(number), number, "ne", 0, frame)
-        )
+        if is_library_file(frame.f_code.co_filename):
+            return bool(number)
+        return self.questions.answer(bool(number), number, "ne", 0, frame)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return _plain_number(self)

@@ -6,8 +6,8 @@ They differ in the answers to its questions, in the mode, and in whether somethi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxprune.common.contents import tensors_of
 from fxprune.common.dispatch import DispatchMode
-from fxprune.common.hooks import put_in_mode
+from fxprune.common.hooks import in_mode
 from fxprune.common.random_state import RUNS_TO_CONFIRM_DRAWS, detecting_draws, seeded
 from fxprune.coupling.parts.calls import intercepted
 from fxprune.coupling.parts.decisions import Answers, Decisions, followed, ways_of
@@ -115,7 +115,7 @@ def run_route(
     if route.turned:
         questions = Questions([*model.parameters(), *model.buffers()], dict(route.turned))
         inside = (questions, questions.counting(), *inside)
-    with _mode(model, route.training):
+    with in_mode(model, route.training):
         return followed(model, args, kwargs, route.answers, *inside, *found)
 
 
@@ -259,18 +259,6 @@ def _add(routes: Routes, decisions: Callable[[Answers], Decisions], like: Route)
     routes.all += [replace(like, answers=answers) for answers in ways.answers]
     routes.decided = routes.decided or ways.decided
     routes.taken_out = routes.taken_out or ways.taken_out
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put a model into training or evaluation mode for the duration of the context."""
-    before = {module: module.training for module in model.modules()}
-    put_in_mode(model, training)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 class EmptyMasks(DispatchMode):

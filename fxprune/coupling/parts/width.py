@@ -62,11 +62,9 @@ class Width(torch.SymInt):
 
     def is_size_of(self, other: Any) -> bool:
         """Tell whether another number is the same size, before and after pruning."""
-        pairs = (
-            zip(self.labels, other.labels, strict=False)
-            if type(other) is Width and self.number == other.number
-            else ()
-        )
+        if type(other) is not Width or self.number != other.number:
+            return False
+        pairs = zip(self.labels, other.labels, strict=False)
         return any(np.array_equal(a.ravel(), b.ravel()) for a, b in pairs)
 
     def __getattr__(self, name: str) -> Any:

@@ -24,9 +24,8 @@ def vector_product_shape(
 ) -> Tensor | None:
     """Return the shape of a product by a vector, ``mv`` or ``dot``."""
     rank = 2 if func.overloadpacket is aten.mv else 1
-    return (
-        matmul_shape(func, args, kwargs) if args[0].dim() == rank and args[1].dim() == 1 else None
-    )
+    is_product = args[0].dim() == rank and args[1].dim() == 1
+    return matmul_shape(func, args, kwargs) if is_product else None
 
 
 def matmul_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -121,12 +121,9 @@ def _is_process_wide(generator: Any) -> bool:
 
 def _leads_to_generator(value: Any) -> bool:
     """Tell whether a value is a global generator, one of its methods, or a NumPy module."""
-    return (
-        _is_process_wide(getattr(value, "__self__", None))
-        or value is np
-        or value is np.random
-        or _is_process_wide(value)
-    )
+    if value is np or value is np.random:
+        return True
+    return _is_process_wide(getattr(value, "__self__", None)) or _is_process_wide(value)
 
 
 _PYTHON_GENERATOR: Any = random.random.__self__  # type: ignore[attr-defined]

@@ -100,9 +100,8 @@ class Search:
         package = module.partition(".")[0]
         if module.startswith("numpy.random"):
             return False
-        return package in COMPUTING_PACKAGES or not (
-            package in self._packages or package in sys.stdlib_module_names or not package
-        )
+        is_installed = bool(package) and package not in sys.stdlib_module_names
+        return package in COMPUTING_PACKAGES or (is_installed and package not in self._packages)
 
     def _add_module(self, module: nn.Module) -> None:
         """Search the methods and attributes of a module of the model."""
