@@ -166,6 +166,9 @@ class Coupling:
     ) -> int:
         """Return the number of MACs (multiply-accumulates) of the model on the example.
 
+        Layers that the example reaches with empty tensors only, such as the mask head of a
+        detector that finds nothing, count as for two elements. Otherwise no budget would see them.
+
         Parameters
         ----------
         shape:
