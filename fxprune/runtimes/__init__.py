@@ -200,7 +200,7 @@ def _write_program(model: nn.Module, call: Call, file: Path, shapes: Any) -> lis
     # to memory first: if the disk is full, torch's own writer ends the process
     written = io.BytesIO()
     torch.export.save(program, written)
-    file.write_bytes(written.getbuffer())
+    file.write_bytes(written.getvalue())
     return packages_of(program)
 
 
@@ -275,7 +275,7 @@ def _run_apart(calls: list[Call], file: Path, packages: list[str]) -> list[list[
         packed = io.BytesIO()
         plain = [(args, kwargs) for args, kwargs in calls]  # plain tuples: no class of fxprune
         torch.save(tree_map_only(Tensor, Tensor.cpu, plain), packed)
-        inputs.write_bytes(packed.getbuffer())
+        inputs.write_bytes(packed.getvalue())
         ran = subprocess.run(
             [sys.executable, _RUNNER, file, inputs, outputs, *packages],
             capture_output=True,
