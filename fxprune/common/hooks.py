@@ -12,7 +12,14 @@ from torch import nn
 
 from fxprune.errors import TraceError
 
-__all__ = ["has_replaced_forward", "in_mode", "is_hooked", "put_in_mode", "refuse_hooks"]
+__all__ = [
+    "has_replaced_forward",
+    "in_mode",
+    "is_hooked",
+    "put_in_mode",
+    "refuse_hooks",
+    "replaced_forward_message",
+]
 
 _HOOK_STORES = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -23,6 +30,14 @@ def has_replaced_forward(module: nn.Module) -> bool:
     An example is ``module.forward = module.forward_fused``.
     """
     return "forward" in vars(module)
+
+
+def replaced_forward_message(module: nn.Module) -> str:
+    """Return the text of an error for a module whose forward was replaced."""
+    return (
+        f"forward was replaced on this {type(module).__name__} object: the class's own forward "
+        "would be traced. Put the new forward into a subclass or a wrapper module."
+    )
 
 
 def put_in_mode(model: nn.Module, training: bool) -> nn.Module:
@@ -72,10 +87,7 @@ def refuse_hooks(root: nn.Module, *, below: bool = False) -> None:
         module.
     """
     if has_replaced_forward(root):
-        raise TraceError(
-            f"forward was replaced on this {type(root).__name__} object: the class's own forward "
-            "would be traced. Put the new forward into a subclass or a wrapper module."
-        )
+        raise TraceError(replaced_forward_message(root))
     for path, module in root.named_modules():
         if is_hooked(module) and not (below and module is root):
             name = repr(path) if path else f"this {type(root).__name__}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.common.contents import named_tensors
+from fxprune.common.hooks import has_replaced_forward, replaced_forward_message
 from fxprune.errors import ModelError
 
 __all__ = ["check_model", "check_structure"]
@@ -25,11 +26,8 @@ def check_model(model: Any) -> None:
         names the module or the tensor and says what to do.
     """
     check_structure(model)
-    if "forward" in vars(model):
-        raise ModelError(
-            f"forward was replaced on this {type(model).__name__} object: the class's own "
-            "forward would be traced. Put the new forward into a subclass or a wrapper module."
-        )
+    if has_replaced_forward(model):
+        raise ModelError(replaced_forward_message(model))
     _check_quantised(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         _check_kind(name, tensor)

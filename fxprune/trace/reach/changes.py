@@ -62,8 +62,6 @@ class Reach(Search):
 
     def __init__(self, model: nn.Module, ran: Collection[CodeType] | None = None) -> None:
         super().__init__(model, ran)
-        self._code_run: set[CodeType] = set()  # code that ran inside watching()
-        self._has_called_outside = False
         self.taken: dict[tuple[int, str], Any] = {}
         self._before = [content_of(holder) for holder in self.holders]
         self._begin()
@@ -72,7 +70,8 @@ class Reach(Search):
         """Save the state of generators and caches, and forget which code ran."""
         self._states = [state_of(generator) for generator in self.generators]
         self._misses = [memo.cache_info().misses for memo in self.memos]
-        self._code_run, self._has_called_outside = set(), False
+        self._code_run: set[CodeType] = set()  # code that ran inside watching()
+        self._has_called_outside = False
 
     # -- what was done
 
