@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
         If gradients differ. The message names the first parameter.
     """
     try:
-        reference = _run_backward(bench.masked_copy(training), bench, call)
+        reference = _run_reference(bench, call, training)
     except Exception as error:
         raise RefusedError(describe_error(error)) from error
     pruned = bench.pruned_copy(training)
@@ -62,16 +63,14 @@ def check_gradients(bench: Bench, call: Call, *, training: bool) -> int:
         result = _run_backward(pruned, bench, call)
     except Exception as error:
         raise bench.pruned_failure(pruned, error) from error
-    kept: dict[str, Tensor] = {}
-    for name, gradient in reference.gradients.items():
-        kept[name] = bench.survivors.take(bench.coupling.parameters[name], gradient)
+    kept = reference.gradients
     _check_names(bench, result.gradients, kept)
-    if _are_comparable(bench, reference, result, kept):
+    if _are_comparable(bench, reference, result):
         shared = {name: grad for name, grad in kept.items() if name in result.gradients}
         try:
             _compare_gradients(bench, result.gradients, shared)
         except _GapError:
-            moved = _moved(bench, reference.gradients, call, training)
+            moved = _moved(bench, kept, call, training)
             _compare_beyond_rounding(bench, result.gradients, shared, moved)
     return len(result.gradients)
 
@@ -89,9 +88,7 @@ def _check_names(bench: Bench, found: dict[str, Tensor], kept: dict[str, Tensor]
             raise VerificationError(f"{name!r} gets a gradient in {has}, and none in {lacks}.")
 
 
-def _are_comparable(
-    bench: Bench, reference: _Backward, result: _Backward, kept: dict[str, Tensor]
-) -> bool:
+def _are_comparable(bench: Bench, reference: _Backward, result: _Backward) -> bool:
     """Tell whether the gradients themselves must be equal.
 
     In the masked original the norm of a removed row is 0/0. Attention, or an operation that
@@ -100,7 +97,8 @@ def _are_comparable(
     """
     if bench.dtype is not torch.float64 or bench.has_statistics or bench.own_values:
         return False
-    if reference.has_drawn or not all(bool(grad.isfinite().all()) for grad in kept.values()):
+    gradients = reference.gradients.values()
+    if reference.has_drawn or not all(bool(grad.isfinite().all()) for grad in gradients):
         return False
     return _are_close(reference.outputs, result.outputs)
 
@@ -135,27 +133,58 @@ class _GapError(VerificationError):
         self.name, self.size = name, gap
 
 
-def _run_backward(model: nn.Module, bench: Bench, call: Call) -> _Backward:
+def _run_reference(bench: Bench, call: Call, training: bool) -> _Backward:
+    """Run the masked original forward and backward; return the gradients of what is kept."""
+
+    def cut(name: str, gradient: Tensor) -> Tensor:
+        """Return the part of a gradient that the pruned model has, as a tensor of its own."""
+        return bench.survivors.take(bench.coupling.parameters[name], gradient).clone()
+
+    return _run_backward(bench.masked_copy(training), bench, call, cut)
+
+
+def _run_backward(
+    model: nn.Module,
+    bench: Bench,
+    call: Call,
+    cut: Callable[[str, Tensor], Tensor] = lambda _, gradient: gradient,
+) -> _Backward:
     """Run a model forward and backward.
 
     This runs without a dispatch mode, because under one some operations have other gradients. A
     parameter is left out if forward moved it to other memory: what lies there does not belong to
     the model, and an optimiser does not know it.
+
+    Each gradient is cut as soon as it is there, so that no two whole ones take memory at a time.
     """
     args, kwargs = clone(call)
     parameters = dict(model.named_parameters())
     places = {name: place_of(parameter) for name, parameter in parameters.items()}
+    gradients: dict[str, Tensor] = {}
+
+    def collect(name: str, parameter: Tensor) -> None:
+        """Move a gradient from the parameter to the collected ones."""
+        assert parameter.grad is not None
+        gradient = cut(name, parameter.grad.detach())
+        gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        parameter.grad = None
+
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(functools.partial(collect, name))
     with bench.same_draws(), torch.enable_grad(), DtypeMode(bench.dtype):
         before = torch_states()
         outputs = [leaf for leaf in leaves(model(*args, **kwargs)) if _requires_grad(leaf)]
         if outputs:
             torch.autograd.backward([_weighted_sum(output) for output in outputs])
         has_drawn = not all(map(torch.equal, before, torch_states()))
-    gradients: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        if place_of(parameter) == places[name] and parameter.grad is not None:
-            gradients[name] = parameter.grad.detach()
-    return _Backward(gradients, [output.detach() for output in outputs], has_drawn)
+        if parameter.grad is not None:  # forward itself made it a parameter to train
+            collect(name, parameter)
+        if place_of(parameter) == places[name] and name in gradients:
+            found[name] = gradients[name]
+    return _Backward(found, [output.detach() for output in outputs], has_drawn)
 
 
 def _requires_grad(leaf: Any) -> bool:
@@ -211,7 +240,7 @@ def _moved(
     """Return how far each gradient of the original moves if weights are rounded differently."""
     moved: dict[str, list[float]] = {name: [] for name in wanted}
     for perturbed in bench.perturbed():
-        again = _run_backward(perturbed.masked_copy(training), bench, call).gradients
+        again = _run_reference(perturbed, call, training).gradients
         for name in wanted.keys() & again.keys():
             moved[name].append(float((again[name] - wanted[name]).norm()))
     return moved
