@@ -21,6 +21,8 @@ from fxprune.criteria import (
     CPMC,
     CRITERIA,
     Activation,
+    AddedCosts,
+    DividingCosts,
     Fisher,
     Random,
     Taylor,
@@ -619,9 +621,45 @@ def test_weights_that_cpmc_refuses(weights: tuple[float, float, float]) -> None:
 def test_cpmc_hands_its_weights_to_the_selection() -> None:
     coupling, model = chain_coupling()
     found = rank(CPMC(0.5, 2.0, 3.0), coupling, model)
-    assert (found.alpha, found.beta, found.gamma) == (0.5, 2.0, 3.0)
-    other = rank("l2", coupling, model)
-    assert (other.alpha, other.beta, other.gamma) == (1.0, 0.0, 0.0)
+    assert found.costs == AddedCosts(0.5, 2.0, 3.0)
+    assert rank("l2", coupling, model).costs == AddedCosts(1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("costs", "narrowed"),
+    [(None, "cheap.weight:0"), (DividingCosts(computation=1.0), "dear.weight:0")],
+)
+def test_any_criterion_may_divide_by_costs(costs: DividingCosts | None, narrowed: str) -> None:
+    """A layer whose units are worth twice as much and cost eight times as much is cut first."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dear, self.cheap = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+            self.ends = nn.ModuleList(nn.Conv2d(8, 2, 1) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.ends[0](self.dear(x)) + self.ends[1](self.cheap(x))
+
+    class Given:
+        def scores(self, coupling: Coupling, model: nn.Module) -> np.ndarray:
+            values = np.ones(coupling.context.units.count)
+            for group in coupling.groups:
+                values[group.units] = 2.0 if group.name.startswith("dear") else 1.0
+            return values
+
+    criterion = Given()
+    if costs is not None:
+        criterion.costs = costs  # type: ignore[attr-defined]
+    pruned = fxprune.prune(Two().eval(), IMAGE, macs=0.9, criterion=criterion)
+    cut = [group.name for group in pruned.plan.groups if len(group.kept) < group.size]
+    assert cut == [narrowed]
+
+
+@pytest.mark.parametrize("exponents", [(-1, 0), (math.nan, 0), (0, math.inf), ("a", 0)])
+def test_exponents_of_costs_that_are_refused(exponents: tuple[Any, Any]) -> None:
+    with pytest.raises(ArgumentError, match=r"computation and parameters are"):
+        DividingCosts(*exponents)
 
 
 def test_scores_of_groups_compare() -> None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -37,6 +37,7 @@ from fxprune.common.arrays import Floats
 from fxprune.common.numbers import check_integer
 from fxprune.common.public import calling_user_code, public, short_repr
 from fxprune.coupling import Coupling, Group, check_coupling
+from fxprune.criteria.costs import AddedCosts, CostTerms, DividingCosts
 from fxprune.criteria.cpmc import CPMC
 from fxprune.criteria.data import Activation, Fisher, Taylor
 from fxprune.criteria.views import UnitView, Views
@@ -47,7 +48,10 @@ __all__ = [
     "CPMC",
     "CRITERIA",
     "Activation",
+    "AddedCosts",
+    "CostTerms",
     "Criterion",
+    "DividingCosts",
     "Fisher",
     "Random",
     "Ranking",
@@ -142,26 +146,20 @@ _PER_GROUP_KINDS = (Taylor, Fisher, Activation)
 @public
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """The scores by which units are selected, and the weights of the two costs.
+    """The scores by which units are selected, and how costs enter their ranks.
 
-    The rank of a unit is ``alpha * value + beta * (1 - C') + gamma * (1 - P')``, where C' and P'
-    are the normalised costs in multiply-accumulates and in parameters; see :class:`CPMC`. Units of
-    the lowest rank are removed first.
+    Units of the lowest rank are removed first.
 
     Attributes
     ----------
     value:
         Score of each label, shape (labels,); the larger the more important.
-    alpha:
-        Weight of the score.
-    beta, gamma:
-        Weights of computation and of parameters; 0 for every criterion but :class:`CPMC`.
+    costs:
+        How the costs of a unit change its rank; by default they do not matter.
     """
 
     value: Floats
-    alpha: float = 1.0
-    beta: float = 0.0
-    gamma: float = 0.0
+    costs: CostTerms = field(default_factory=AddedCosts)
 
 
 @public
@@ -215,9 +213,7 @@ def rank(criterion: Criterion, coupling: Coupling, model: nn.Module) -> Ranking:
             raise _error_of_scores(group, model)
         if per_group:
             value[group.units] = scores / max(scores.mean(), np.finfo(np.float64).tiny)
-    if isinstance(chosen, CPMC):
-        return Ranking(value, chosen.alpha, chosen.beta, chosen.gamma)
-    return Ranking(value)
+    return Ranking(value, getattr(chosen, "costs", AddedCosts()))
 
 
 def _error_of_scores(group: Group, model: nn.Module) -> FxpruneError:

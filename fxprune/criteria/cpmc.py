@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
 
-from fxprune.common.numbers import as_number, check_bool
-from fxprune.common.public import public, short_repr
+from fxprune.common.numbers import check_bool
+from fxprune.common.public import public
+from fxprune.criteria.costs import AddedCosts, check_weights
 from fxprune.criteria.views import ROLES, UnitView, check_roles, check_view
-from fxprune.errors import ArgumentError
 
 __all__ = ["CPMC", "share_left"]
 
@@ -107,21 +106,14 @@ class CPMC:
                 "CPMC: standing is called weigh_groups now.", DeprecationWarning, stacklevel=4
             )
         chosen = self.weigh_groups if standing is None else standing
-        weights = {name: as_number(getattr(self, name)) for name in ("alpha", "beta", "gamma")}
-        valid = [w is not None and math.isfinite(w) and w >= 0 for w in weights.values()]
-        if not all(valid) or not any(weights.values()):
-            given = ", ".join(f"{short_repr(getattr(self, name))}" for name in weights)
-            raise ArgumentError(
-                f"CPMC: alpha, beta and gamma are {given}: give numbers of at least 0, not all "
-                "of them 0."
-            )
-        checked = {
-            **weights,
-            "roles": check_roles(self.roles),
-            "weigh_groups": check_bool("weigh_groups", chosen),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        check_weights(self, ("alpha", "beta", "gamma"), all_zero=False)
+        object.__setattr__(self, "roles", check_roles(self.roles))
+        object.__setattr__(self, "weigh_groups", check_bool("weigh_groups", chosen))
+
+    @property
+    def costs(self) -> AddedCosts:
+        """The cost terms, which the selection adds to the value."""
+        return AddedCosts(self.alpha, self.beta, self.gamma)
 
     @public
     def __call__(self, view: UnitView) -> Tensor:

@@ -18,8 +18,10 @@ from fxprune.errors import ArgumentError
 from fxprune.labels import Array
 from fxprune.select.budget import Budget, keep_count
 from fxprune.select.costs import TimeCost
-from fxprune.select.greedy import Descent, ordered_labels, step_of
+from fxprune.select.exchange import exchange
+from fxprune.select.greedy import descend, give_back
 from fxprune.select.kinds import Pool, labels_along_dims, pools_of
+from fxprune.select.widths import Widths, ordered_labels, step_of
 
 __all__ = ["select"]
 
@@ -62,10 +64,12 @@ def select(
     least = [max(needed) for needed in zip(wanted, for_tensors, for_statistics, strict=True)]
     widths, fixed = _starting_widths(coupling, pools, budget, least)
     if _limits_the_whole_model(budget):
-        descent = Descent(coupling, pools, order, ranking, budget, widths, fixed, least, timed)
-        widths = descent.run()
+        state = Widths(coupling, pools, order, ranking, budget, widths, fixed, least, timed)
+        descend(state)
         if budget.latency is not None:
-            widths = descent.exchange()
+            exchange(state)
+        give_back(state)
+        widths = state.now
     kept: dict[str, list[int]] = {group.name: [] for group in coupling.groups}
     for pool, ascending, width in zip(pools, order, widths, strict=True):
         survivors = np.take_along_axis(pool.units, ascending, axis=1)[:, pool.width - width :]
