@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import fxprune
 from fxprune.common.compiled import uncompiled
 from fxprune.cost import cost_of
 from tests.support.checking import masked, randomise, relative_error
+from tests.zoo import CASES
+from tests.zoo.case import Case
 
 
 def network() -> nn.Sequential:
@@ -107,6 +110,17 @@ def test_a_model_without_data_has_the_groups_of_one_with_data(
         (group.name, group.size) for group in wanted.groups
     ]
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in CASES if "group" in c.name])
+def test_a_model_without_data_gets_the_shapes_of_one_with_data(case: Case) -> None:
+    """Grouped layers lose other positions in each block, which a mask without data cannot say."""
+    model, inputs = case.build(case.width).eval(), case.inputs(2)
+    shapes = []
+    for each in (model, copy.deepcopy(model).to("meta")):
+        pruned = fxprune.prune(each, inputs, channels=0.5, criterion="random")
+        shapes.append({name: tensor.shape for name, tensor in pruned.model.state_dict().items()})
+    assert shapes[0] == shapes[1] != {name: t.shape for name, t in model.state_dict().items()}
 
 
 # -- inference mode

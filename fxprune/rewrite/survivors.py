@@ -199,8 +199,9 @@ def _take_rows(values: Tensor, mask: Mask, shrink: int, shape: Sequence[int]) ->
     kept = int(rows[0].sum())
     if int(rows.sum()) != kept * len(rows):
         raise RewriteError("blocks of a parameter keep different numbers of positions")
-    index = moved_mask.to(values.device)
-    taken = moved[(..., index)] if rest else moved[index]
+    # by positions, since a mask on the meta device does not say how many it keeps
+    index = [positions.to(values.device) for positions in moved_mask.nonzero(as_tuple=True)]
+    taken = moved[(..., *index)]
     taken = taken.reshape([*(form[d] for d in order[:-1]), kept])
     return taken.permute([order.index(d) for d in range(values.dim())])
 

@@ -34,7 +34,9 @@ def exchange(widths: Widths) -> None:
     bounds = _exchange_bounds(widths)
     for _ in range(_EXCHANGES):
         before = list(widths.now)
-        _choose(widths, [_options(widths, pool, *within) for pool, within in enumerate(bounds)])
+        _choose_widths(
+            widths, [_widths_near(widths, pool, *within) for pool, within in enumerate(bounds)]
+        )
         improved = _total_worth(widths, widths.now) > _total_worth(widths, before)
         if not widths.are_within_limits() or not improved:
             widths.now = before
@@ -53,7 +55,7 @@ def _exchange_bounds(widths: Widths) -> list[tuple[int, int]]:
     return bounds
 
 
-def _choose(widths: Widths, options: Sequence[Sequence[int]]) -> None:
+def _choose_widths(widths: Widths, options: Sequence[Sequence[int]]) -> None:
     """Set the widths to the options of the largest worth that are within the budgets.
 
     If there are none, the widths may be above the budgets afterwards.
@@ -94,7 +96,7 @@ def _changes(
     return changes
 
 
-def _options(widths: Widths, pool: int, low: int, high: int) -> list[int]:
+def _widths_near(widths: Widths, pool: int, low: int, high: int) -> list[int]:
     """Return the width of a pool and the nearby widths that are in bounds and on its steps."""
     width, step = widths.now[pool], widths.steps[pool]
     stride = max(round(width * _STRIDE / step), 1) * step
