@@ -43,6 +43,7 @@ __all__ = [
     "storable_values",
     "value_range",
     "with_larger_batch",
+    "without_floats",
 ]
 
 
@@ -148,6 +149,11 @@ def _check_leaves(leaves: Sequence[Any]) -> None:
 def shapes_of(call: Call) -> Call:
     """Return the call with every tensor replaced by a meta tensor of its shape and dtype."""
     return _map_tensors(lambda t: torch.empty(tuple(t.shape), dtype=t.dtype, device="meta"), call)
+
+
+def without_floats(call: Call) -> Call:
+    """Return the call with floating-point tensors on the meta device, and others as they are."""
+    return _map_tensors(lambda t: t.detach().to("meta") if t.is_floating_point() else t, call)
 
 
 def with_larger_batch(call: Call, batch: int = 2) -> Call:

@@ -18,6 +18,7 @@ from fxprune.rewrite import Survivors
 from fxprune.select.budget import Budget, keep_count
 from fxprune.select.selection import select
 from tests.specs import Concat, Conv, Network, TransposedConv, build, example, networks
+from tests.specs.profiles import networks_drawn
 from tests.support.checking import call
 from tests.support.counting import CheckedCounter
 from tests.zoo import CASES
@@ -259,11 +260,6 @@ def test_the_zoo_reaches_its_budget(case: Case) -> None:
 # -- budgets of random networks
 
 SHARE = st.sampled_from((1.0, 0.9, 0.7, 0.5, 0.35))
-
-
-def networks_drawn(divisor: int) -> settings:
-    """Return the current profile with its number of examples divided by ``divisor``."""
-    return settings(max_examples=max(1, settings.default.max_examples // divisor))
 
 
 def _survivors(pruned: fxprune.Pruned) -> dict[str, set[int]]:

@@ -274,6 +274,15 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         criteria.CPMC,
         lambda: {"alpha": 1.0, "beta": 0.1, "gamma": 0.1, "roles": ("own",), "weigh_groups": True},
     ),
+    "FlowCPMC": (
+        scored(criteria.FlowCPMC),
+        lambda: (
+            {"computation": 0.5, "parameters": 0.1, "seed": 1, "data": data()["loader"]}
+            | {"coupling": made()["coupling"], "model": made()["model"]}
+        ),
+    ),
+    "AddedCosts": (criteria.AddedCosts, lambda: {"alpha": 1.0, "beta": 0.1, "gamma": 0.1}),
+    "DividingCosts": (criteria.DividingCosts, lambda: {"computation": 0.5, "parameters": 0.1}),
     "Random": (
         scored(criteria.Random),
         lambda: {"seed": 1, "coupling": made()["coupling"], "model": made()["model"]},

@@ -20,7 +20,7 @@ from fxprune.common.random_state import seeded
 from fxprune.coupling import Coupling, Labelling, Terms, couple
 from fxprune.coupling.parts import Explored, decisions_of, explore, find_runnable
 from fxprune.errors import ChanceError, FxpruneError, TraceError
-from fxprune.inputs import Call, copied_to, shapes_of, with_larger_batch
+from fxprune.inputs import Call, copied_to, shapes_of, with_larger_batch, without_floats
 from fxprune.trace import MetaCopy, meta_copy_of, set_mode, trace, without_fast_path
 from fxprune.trace.reach import Reached, restoring_draws
 from fxprune.trace.user_code import ElsewhereError
@@ -72,7 +72,7 @@ def label_and_couple(
     with clock("couple"):
         coupling = couple(found.labelling, _batch_share(example, found.labelling.inputs))
         coupling.example, coupling.not_one_graph = found.example, found.refused
-        coupling.untrained = found.untrained
+        coupling.untrained, coupling.inputs = found.untrained, without_floats(example)
         return coupling
 
 

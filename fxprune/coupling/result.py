@@ -66,6 +66,9 @@ class Coupling:
         The operations that cost MACs, in evaluation mode.
     example:
         What the model is called with: meta tensors, or values where its Python code runs on them.
+    inputs:
+        The example as the caller gave it, but for floating-point values, which no criterion may
+        rely on: those are meta tensors.
     not_one_graph:
         Why the model is not one graph, with the line; empty if it is.
     untrained:
@@ -85,6 +88,7 @@ class Coupling:
     parameters: dict[str, Tensor]
     contractions: tuple[Contraction, ...]
     example: Call = field(default_factory=lambda: Call((), {}))
+    inputs: Call = field(default_factory=lambda: Call((), {}))
     not_one_graph: str = ""
     untrained: str = ""
     _labels: IdentityMap[Tensor, list[Array]] = field(

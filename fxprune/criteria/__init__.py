@@ -8,14 +8,15 @@ A criterion is one of two things. It is a pure function that takes a group's uni
 
 These criteria have a name:
 
-======== ==========================================
-cpmc     :class:`CPMC`, the default
-l1, l2   :func:`l1`, :func:`l2`
-bn_scale :func:`bn_scale`
-lamp     :func:`lamp`
-fpgm     :func:`fpgm`
-random   :class:`Random`
-======== ==========================================
+========= ==========================================
+cpmc      :class:`CPMC`, the default
+cpmc_flow :class:`FlowCPMC`
+l1, l2    :func:`l1`, :func:`l2`
+bn_scale  :func:`bn_scale`
+lamp      :func:`lamp`
+fpgm      :func:`fpgm`
+random    :class:`Random`
+========= ==========================================
 
 :class:`Taylor`, :class:`Fisher` and :class:`Activation` have no name because they need a loader of
 data.
@@ -40,6 +41,7 @@ from fxprune.coupling import Coupling, Group, check_coupling
 from fxprune.criteria.costs import AddedCosts, CostTerms, DividingCosts
 from fxprune.criteria.cpmc import CPMC
 from fxprune.criteria.data import Activation, Fisher, Taylor
+from fxprune.criteria.flow_cpmc import FlowCPMC
 from fxprune.criteria.views import UnitView, Views
 from fxprune.criteria.weights import bn_scale, fpgm, l1, l2, lamp
 from fxprune.errors import ArgumentError, FxpruneError, ModelError
@@ -53,6 +55,7 @@ __all__ = [
     "Criterion",
     "DividingCosts",
     "Fisher",
+    "FlowCPMC",
     "Random",
     "Ranking",
     "Scorer",
@@ -129,6 +132,7 @@ Criterion: TypeAlias = str | Callable[[UnitView], Tensor] | Scorer
 
 CRITERIA: Mapping[str, Criterion] = {
     "cpmc": CPMC(),
+    "cpmc_flow": FlowCPMC(),
     "l1": l1,
     "l2": l2,
     "bn_scale": bn_scale,

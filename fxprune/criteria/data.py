@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fxprune.calibration import (
     Loader,
-    LoaderBatch,
     batches_of,
     call_model,
     check_finite,
@@ -29,14 +28,12 @@ from fxprune.calibration import (
 )
 from fxprune.common.arrays import Floats
 from fxprune.common.hooks import in_mode
-from fxprune.common.identity import IdentityMap
 from fxprune.common.public import calling_user_code, public
 from fxprune.coupling import Coupling, check_coupling
-from fxprune.criteria.meter import Meter, RunningSum, placeholder_values, unchanged, watch_parts
+from fxprune.criteria.meter import Meter, RunningSum, unchanged, watch_batch, watching
 from fxprune.criteria.views import Views, at_least_float32
 from fxprune.errors import ArgumentError
 from fxprune.inputs import Call
-from fxprune.trace.aliasing import UndoWrites
 
 __all__ = ["Activation", "Fisher", "Loss", "Taylor"]
 
@@ -291,40 +288,13 @@ class Activation(_Reader):
         """
         check_coupling(coupling, model)
         meter = Meter(coupling)
-        values = _with_copied_buffers(coupling.meta_copy.real)
-        undone = UndoWrites(dict(model.named_parameters()))
-        with (
-            undone.undoing(),
-            torch.no_grad(),
-            coupling.meta_copy.with_tensors(values) as filled,
-            in_mode(filled, False),
-        ):
+        with watching(coupling, model) as filled:
             for batch in batches_of(self.loader, model, coupling.example):
-                _watch_batch(meter, coupling, filled, batch)
-                meter.samples += batch.size
+                watch_batch(meter, coupling, filled, batch)
         units = coupling.context.units.count
         sums = _summed_over_processes(np.concatenate([meter.total, meter.times, [meter.samples]]))
         check_read(sums[-1])
         return sums[:units] / np.maximum(sums[units:-1], 1)
-
-
-def _with_copied_buffers(tensors: IdentityMap[Tensor, Tensor]) -> IdentityMap[Tensor, Tensor]:
-    """Return the model's tensors with a copy of each buffer.
-
-    A module may write to its own buffers.
-    """
-    copies: IdentityMap[Tensor, Tensor] = IdentityMap()
-    for key, tensor in tensors.items():
-        copies[key] = tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
-    return copies
-
-
-def _watch_batch(meter: Meter, coupling: Coupling, model: nn.Module, batch: LoaderBatch) -> None:
-    """Run the model on a batch under the meter, in parts if it was traced in parts."""
-    if coupling.parts:
-        watch_parts(meter, coupling, model, batch)
-    else:
-        meter.watch("", model, placeholder_values(coupling.traces[0], batch), batch.size)
 
 
 def _products(coupling: Coupling, model: nn.Module, gradients: Mapping[str, Tensor]) -> Floats:

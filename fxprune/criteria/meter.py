@@ -3,48 +3,104 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from fxprune.calibration import LoaderBatch, call_model, check_dimensions
+from fxprune.common.arrays import Floats
 from fxprune.common.contents import tensors_of
 from fxprune.common.dispatch import holds_tensors
+from fxprune.common.hooks import in_mode
+from fxprune.common.identity import IdentityMap
 from fxprune.coupling import Coupling
 from fxprune.coupling.parts import intercepted
 from fxprune.criteria.views import at_least_float32
 from fxprune.errors import ArgumentError, FxpruneError
 from fxprune.labels import Array
 from fxprune.trace import Trace, execute
+from fxprune.trace.aliasing import UndoWrites
 
-__all__ = ["Meter", "RunningSum", "placeholder_values", "unchanged", "watch_parts"]
+__all__ = [
+    "Meter",
+    "RunningSum",
+    "Watcher",
+    "labels_on",
+    "placeholder_values",
+    "unchanged",
+    "unit_means",
+    "watch_batch",
+    "watching",
+]
 
 
-def watch_parts(meter: Meter, coupling: Coupling, model: nn.Module, batch: LoaderBatch) -> None:
-    """Run a model that was not traced whole, and measure the activations of each part.
+@contextmanager
+def watching(coupling: Coupling, model: nn.Module) -> Iterator[nn.Module]:
+    """Give a copy of a model that can be run in evaluation mode, without leaving a trace.
+
+    The copy shares the model's parameters; what it writes into them is undone.
 
     Parameters
     ----------
-    meter:
-        Adds up what the parts read.
     coupling:
-        The analysis; ``coupling.parts`` names the parts.
+        The analysis of the model.
     model:
-        The model to run, a copy that nobody else calls.
+        The model.
+    """
+    values: IdentityMap[Tensor, Tensor] = IdentityMap()
+    for key, tensor in coupling.meta_copy.real.items():
+        # a module may write to its own buffers
+        values[key] = tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+    undone = UndoWrites(dict(model.named_parameters()))
+    with (
+        undone.undoing(),
+        torch.no_grad(),
+        coupling.meta_copy.with_tensors(values) as filled,
+        in_mode(filled, False),
+    ):
+        yield filled
+
+
+def watch_batch(
+    watcher: Watcher, coupling: Coupling, model: nn.Module, batch: LoaderBatch
+) -> None:
+    """Run a model on a batch under a watcher, in parts if it was traced in parts.
+
+    Parameters
+    ----------
+    watcher:
+        Looks at what nodes read.
+    coupling:
+        The analysis.
+    model:
+        The model to run, as :func:`watching` gives it.
     batch:
         The batch to run it on.
     """
+    if coupling.parts:
+        _watch_parts(watcher, coupling, model, batch)
+    else:
+        watcher.watch("", model, placeholder_values(coupling.traces[0], batch), batch.size)
+    watcher.samples += batch.size
+
+
+def _watch_parts(
+    watcher: Watcher, coupling: Coupling, model: nn.Module, batch: LoaderBatch
+) -> None:
+    """Run a model that was not traced whole, and watch each of its parts."""
 
     def watch(path: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        """Run the graph of a part under the meter, then make the intercepted call itself."""
-        nodes = meter.traces[path].graph.nodes
+        """Run the graph of a part under the watcher, then make the intercepted call itself."""
+        nodes = watcher.traces[path].graph.nodes
         names = [str(node.target) for node in nodes if node.op == "placeholder"]
         inputs = tree_map_only(Tensor, Tensor.clone, [*args, *kwargs.values()])
         arguments = dict(zip(names, inputs, strict=True))
-        meter.watch(path, model.get_submodule(path), arguments, batch.size)
+        watcher.watch(path, model.get_submodule(path), arguments, batch.size)
         return call()
 
     with intercepted(model, coupling.parts, watch):
@@ -77,8 +133,8 @@ def unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class Meter:
-    """Sums, by unit, of the activations that the layers of traced graphs read.
+class Watcher:
+    """Runs of traced graphs, node by node, that look at what the nodes read.
 
     Parameters
     ----------
@@ -91,10 +147,6 @@ class Meter:
         The graphs, by the path of their part.
     reads:
         For each path, the operands that each node reads, with their labels.
-    total:
-        For each label, the sum over samples and readers of the mean activation; shape (labels,).
-    times:
-        For each label, the number of samples times the number of readers; shape (labels,).
     samples:
         Number of samples seen.
     """
@@ -102,8 +154,6 @@ class Meter:
     def __init__(self, coupling: Coupling) -> None:
         self.traces = {trace.path: trace for trace in coupling.traces if not trace.training}
         self.reads = {path: _reads(coupling, trace) for path, trace in self.traces.items()}
-        self.total = np.zeros(coupling.context.units.count)
-        self.times = np.zeros(coupling.context.units.count)
         self.samples = 0
         self._last: dict[fx.Node, list[fx.Node]] = {}
         for trace in self.traces.values():
@@ -112,7 +162,7 @@ class Meter:
                     self._last.setdefault(max(node.users), []).append(node)
 
     def watch(self, path: str, root: nn.Module, arguments: Mapping[str, Any], size: int) -> None:
-        """Run a graph on a batch and add up what its nodes read.
+        """Run a graph on a batch and look at what its nodes read.
 
         Parameters
         ----------
@@ -125,28 +175,83 @@ class Meter:
         size:
             Number of samples in the batch.
         """
+        trace = self.traces[path]
         values: dict[fx.Node, Any] = {}
-        for node in self.traces[path].graph.nodes:
+        for node in trace.graph.nodes:
             if node.op == "output":
                 break
-            # Read the operand now, because it may have changed in place since it was made.
-            for operand, labels in self.reads[path].get(node, ()):
-                self._add(values[operand], labels, size)
-            values[node] = _node_value(self.traces[path], root, node, arguments, values)
+            # Look at operands now: they may have changed in place since they were made.
+            read = self.reads[path].get(node, ())
+            self.before(node, [(values[operand], labels) for operand, labels in read], size)
+            with self.around(trace, node, size):
+                values[node] = _node_value(trace, root, node, arguments, values)
             for done in self._last.get(node, ()):
                 del values[done]
 
-    def _add(self, value: Tensor, labels: Array, size: int) -> None:
-        """Add the mean absolute value of each unit that lies on a tensor."""
-        means = at_least_float32(value).abs()
-        shared = [d for d, extent in enumerate(labels.shape) if extent == 1]
-        if shared:
-            means = means.mean(shared, keepdim=True)
-        units, place = np.unique(labels.ravel(), return_inverse=True)
-        summed = np.bincount(place, means.expand(labels.shape).cpu().numpy().ravel())
-        live = units > 0
-        self.total[units[live]] += size * (summed / np.bincount(place))[live]
-        self.times[units[live]] += size
+    def before(self, node: fx.Node, read: Sequence[tuple[Tensor, Array]], size: int) -> None:
+        """Look at what a node is about to read.
+
+        Parameters
+        ----------
+        node:
+            The node.
+        read:
+            The operands that hold units which the node reads, with the units' labels.
+        size:
+            Number of samples in the batch.
+        """
+
+    def around(self, trace: Trace, node: fx.Node, size: int) -> AbstractContextManager[Any]:
+        """Return a context in which a node runs."""
+        return nullcontext()
+
+
+class Meter(Watcher):
+    """Sums, by unit, of the activations that the layers of traced graphs read.
+
+    Attributes
+    ----------
+    total:
+        For each label, the sum over samples and readers of the mean activation; shape (labels,).
+    times:
+        For each label, the number of samples times the number of readers; shape (labels,).
+    """
+
+    def __init__(self, coupling: Coupling) -> None:
+        super().__init__(coupling)
+        self.total = np.zeros(coupling.context.units.count)
+        self.times = np.zeros(coupling.context.units.count)
+
+    def before(self, node: fx.Node, read: Sequence[tuple[Tensor, Array]], size: int) -> None:
+        """Add the mean absolute value of each unit that a node reads."""
+        for value, labels in read:
+            units, means = unit_means(at_least_float32(value).abs(), labels)
+            self.total[units] += size * means
+            self.times[units] += size
+
+
+def unit_means(values: Tensor, labels: Array) -> tuple[Array, Floats]:
+    """Return the live units that lie on a tensor, and the mean of its values at each of them.
+
+    Parameters
+    ----------
+    values:
+        The tensor.
+    labels:
+        The labels of its elements; broadcastable to its shape.
+
+    Returns
+    -------
+    units, means:
+        The labels of the units, ascending, and their means; shape (units,) each.
+    """
+    shared = [d for d, extent in enumerate(labels.shape) if extent == 1]
+    if shared:
+        values = values.mean(shared, keepdim=True)
+    units, place = np.unique(labels.ravel(), return_inverse=True)
+    summed = np.bincount(place, values.expand(labels.shape).cpu().numpy().ravel())
+    live = units > 0
+    return units[live], (summed / np.bincount(place))[live]
 
 
 def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node, Array]]]:
@@ -169,7 +274,7 @@ def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node
             continue
         name = trace.prefix + node.name
         contracts, positional = name in contracting, name in coupling.context.found.positional
-        kept = _labels_on(coupling, results)
+        kept = labels_on(coupling, results)
         for operand in [source for source in operands if source not in of_weights]:
             for labels in coupling.labels(operand.meta["val"]):
                 summed_up = not positional and not np.isin(labels[labels > 0], kept).any()
@@ -178,8 +283,8 @@ def _reads(coupling: Coupling, trace: Trace) -> dict[fx.Node, list[tuple[fx.Node
     return reads
 
 
-def _labels_on(coupling: Coupling, tensors: Iterable[Tensor]) -> Array:
-    """Return all labels that lie on these tensors, as one row."""
+def labels_on(coupling: Coupling, tensors: Iterable[Tensor]) -> Array:
+    """Return all labels that lie on these tensors, as one row; 0, which is no unit, is one."""
     found = [np.zeros(1, np.int64)]
     for tensor in tensors:
         found += [labels.ravel() for labels in coupling.labels(tensor)]

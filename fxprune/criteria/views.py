@@ -16,7 +16,15 @@ from fxprune.coupling import Coupling, Group
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.labels import Array
 
-__all__ = ["ROLES", "UnitView", "Views", "at_least_float32", "check_roles", "check_view"]
+__all__ = [
+    "ROLES",
+    "UnitView",
+    "Views",
+    "at_least_float32",
+    "check_roles",
+    "check_view",
+    "sums_per_label",
+]
 
 ROLES = ("own", "scale", "dependent")
 """The roles of a unit's elements: its own filters and biases (``"own"``), the scale of a
@@ -176,7 +184,7 @@ class Views:
             values = self._values(function, name)
             for labels in fields:
                 units.append(labels.ravel())
-                weights.append(_sums_per_label(values, labels))
+                weights.append(sums_per_label(values, labels))
         count = self.coupling.context.units.count
         totals = np.bincount(np.concatenate(units), np.concatenate(weights), count)
         totals[0] = 0
@@ -226,7 +234,7 @@ def _shape_or_type(value: Any, shape: str) -> str:
     return f"a {type(value).__name__}"
 
 
-def _sums_per_label(values: Tensor, labels: Array) -> Floats:
+def sums_per_label(values: Tensor, labels: Array) -> Floats:
     """Return the sum of the elements that lie at each label; shape (labels.size,)."""
     first = next(d for d, size in enumerate(labels.shape) if size > 1)
     rest = [d for d, size in enumerate(labels.shape) if size == 1 and d > first]

@@ -28,3 +28,8 @@ settings.register_profile("fast", max_examples=10, derandomize=True, **_COMMON)
 settings.register_profile("default", max_examples=150, derandomize=True, **_COMMON)
 settings.register_profile("thorough", max_examples=5000, print_blob=True, **_COMMON)
 settings.load_profile("default")
+
+
+def networks_drawn(divisor: int) -> settings:
+    """Return the current profile with its number of examples divided by ``divisor``."""
+    return settings(max_examples=max(1, settings.default.max_examples // divisor))
