@@ -12,6 +12,8 @@
     python benchmarks/accuracy.py --ablation
     # the effect of fxprune.compensate before fine-tuning
     python benchmarks/accuracy.py --compensation
+    # networks that other people trained, without any training: see benchmarks/pretrained.py
+    python benchmarks/accuracy.py --data pretrained
 
 Each network is trained once per seed. Then every criterion prunes these same weights, in one step,
 until the given share of the multiply-accumulates is gone. The accuracy is measured, the network is
@@ -65,6 +67,7 @@ from typing import Any
 import _common as common
 import _data
 import numpy as np
+import pretrained
 import torch
 from _networks import NETWORKS
 from torch import Tensor, nn
@@ -77,6 +80,7 @@ from fxprune.criteria.cpmc import share_left
 
 CRITERIA = (
     "cpmc",
+    "cpmc_flow",
     "l1",
     "l2",
     "bn_scale",
@@ -202,7 +206,7 @@ def criterion_of(name: str, data: _data.Data, seed: int) -> Any:
 
     Criteria that read data get the first images of the training part.
     """
-    if name.startswith("cpmc"):
+    if name == "cpmc" or name.startswith("cpmc:"):
         return cpmc(name)
     if name == "random":
         return criteria.Random(seed)
@@ -807,7 +811,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--data",
-        choices=_data.DATA,
+        choices=(*_data.DATA, "pretrained"),
         help="default: cifar10 with --data-dir, else digits, else textures",
     )
     parser.add_argument(
@@ -873,6 +877,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--stem", help="name of the results; default: accuracy_<data>")
     options = parser.parse_args()
+    if options.data == "pretrained":
+        named = {"--networks": options.networks, "--criteria": options.criteria}
+        pretrained.main([f"{name}={','.join(given)}" for name, given in named.items() if given])
+        parser.exit()
     _fill(options)
     unknown = [*set(options.networks) - set(NETWORKS)]
     known = {*CRITERIA, *RIVALS}
@@ -884,7 +892,7 @@ def _options() -> argparse.Namespace:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
     for name in plain:
-        if name.startswith("cpmc"):
+        if name.startswith("cpmc:"):
             try:
                 cpmc(name)
             except (TypeError, ValueError, fxprune.FxpruneError) as error:

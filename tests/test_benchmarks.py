@@ -37,6 +37,48 @@ def data(accuracy: Any) -> ModuleType:
     return sys.modules["_data"]
 
 
+# -- pretrained networks
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> Iterator[ModuleType]:
+    with imported("pretrained") as module:
+        yield module
+
+
+def test_the_table_of_pretrained_networks(pretrained: Any) -> None:
+    """The best of a column is bold, and a row with an error has no mean."""
+    rows: dict[str, list[Any]] = {
+        "crepe:cpmc": [0.9, 0.8, 0.7, 0.4],
+        "crepe:l2": [1.0, 0.7, "BudgetError: no", 0.1],
+        "rnet:cpmc": [0.0] * 4,
+    }
+    lines = pretrained.table(rows, "crepe").splitlines()
+    assert lines[2:] == [
+        "| cpmc | 0.90 | **0.80** | **0.70** | **0.40** | **0.70** |",
+        "| l2 | **1.00** | 0.70 | refused | 0.10 | refused |",
+    ]
+
+
+def test_agreement_is_judged_by_faces_that_both_find(pretrained: Any) -> None:
+    judge = sys.modules["_pretrained"]
+    wanted = torch.tensor([[0.1, 0.9], [0.2, 0.8], [0.9, 0.1], [0.8, 0.2]])
+    found = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.2, 0.8], [0.8, 0.2]])
+    assert judge._f1(found, wanted) == 0.5  # one of two is found, and one of two was there
+    assert judge._same_class(found, wanted) == 0.5
+    tones = judge._tones(3, seed=1)
+    assert tones.shape == (3, 1024)
+    torch.testing.assert_close(tones.std(1, unbiased=False), torch.ones(3))
+
+
+def test_a_criterion_that_reads_data_gets_the_calibration_inputs(pretrained: Any) -> None:
+    loader = [(torch.zeros(1),)]
+    (flow,) = pretrained.criteria_of("cpmc_flow+data", loader)
+    assert flow.data is loader
+    assert pretrained.criteria_of("lamp", loader) == ["lamp"]
+    assert len(set(pretrained.criteria_of("random", loader))) == pretrained.SEEDS
+
+
 # -- data
 
 
