@@ -22,7 +22,8 @@ from fxprune.pipeline import proofs, replay, stages_of
 from fxprune.result.plan import Plan
 from fxprune.result.pruned import Pruned
 from fxprune.rewrite import Survivors
-from fxprune.training.compensation import Compensation, fold_constants, reconstruct
+from fxprune.training.compensation import Compensation, fold_constants
+from fxprune.training.least_squares import reconstruct
 from fxprune.verification import Verification
 
 __all__ = ["compensate", "verify"]

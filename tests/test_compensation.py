@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fxprune
 
@@ -174,3 +175,127 @@ def test_data_of_a_wrong_shape_is_named(method: str) -> None:
         fxprune.compensate(model, pruned, [(torch.randn(4, 5, 8, 8),)], method=method)
     with pytest.raises(fxprune.ArgumentError, match=r"the loader is a Tensor"):
         fxprune.compensate(model, pruned, x, method=method)
+
+
+# -- whatever makes the call
+
+
+class SamePadding(nn.Conv2d):
+    """A subclass that pads by hand, as EfficientNets have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 1, 1, 0))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Transposed(nn.Module):
+    """A product with the weight on its right side, and an added bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+IMAGES = torch.randn(40, 3, 7, 7).double()
+SIGNALS, VOLUMES = torch.randn(60, 3, 9).double(), torch.randn(20, 3, 4, 5, 4).double()
+ROWS = torch.randn(90, 3).double()
+
+READERS = {
+    "subclass": (nn.Conv2d(3, 8, 1), SamePadding(8, 4, 2), IMAGES),
+    "strided and dilated": (nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 2, 2, 1, 2), IMAGES),
+    "in groups": (nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 2, groups=2), IMAGES),
+    "same": (nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 2, padding="same"), IMAGES),
+    "reflecting": (nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 2, 1, 1, padding_mode="reflect"), IMAGES),
+    "one dimension": (nn.Conv1d(3, 8, 1), nn.Conv1d(8, 4, 3), SIGNALS),
+    "three dimensions": (nn.Conv3d(3, 8, 1), nn.Conv3d(8, 4, 2), VOLUMES),
+    "right side": (nn.Linear(3, 8), Transposed(), ROWS),
+}
+
+
+def redundant(first: nn.Module, second: nn.Module) -> nn.Module:
+    """Return a network in which every second unit is twice the one before it."""
+    with torch.no_grad():
+        first.weight[1::2] = 2 * first.weight[::2]
+        first.bias[1::2] = 2 * first.bias[::2]
+    return nn.Sequential(first, nn.ReLU(), second).double().eval()
+
+
+def of_odd_units(model: nn.Module, x: Tensor) -> fxprune.Pruned:
+    """Prune the units with even numbers."""
+    return fxprune.prune(
+        model, x[:2], channels=0.5, criterion=lambda view: torch.arange(view.group.size) % 2 + 0.0
+    )
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_least_squares_refits_any_contraction(name: str) -> None:
+    """What is redundant comes back, whatever module or function makes the call."""
+    first, second, x = READERS[name]
+    model = redundant(first, second)
+    pruned = of_odd_units(model, x)
+    assert (pruned.model(x) - model(x)).abs().max() > 1e-2
+    done = fxprune.compensate(model, pruned, [(x,)], method="least_squares", ridge=1e-12)
+    assert done == fxprune.Compensation(("2",), ())
+    torch.testing.assert_close(pruned.model(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*READERS, "transposed"])
+def test_constants_keep_the_mean_of_any_contraction(name: str) -> None:
+    first, second, x = READERS.get(
+        name, (nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 4, 2, 2), IMAGES)
+    )
+    model = redundant(first, second)
+    pruned = of_odd_units(model, x)
+    done = fxprune.compensate(model, pruned, [(x[:12],), (x[12:],)], method="constants")
+    assert done == fxprune.Compensation(("2",), ())
+    dims = [0, *range(2, x.dim())]
+    torch.testing.assert_close(pruned.model(x).mean(dims), model(x).mean(dims))
+
+
+def test_depthwise_layers_are_no_readers() -> None:
+    """They lose what their inputs lose, so there is nothing to make up for."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 4, 1)
+    )
+    model = model.double().eval()
+    pruned = fxprune.prune(model, IMAGES[:2], channels=0.5)
+    for method in ("constants", "least_squares"):
+        done = fxprune.compensate(model, pruned, [(IMAGES,)], method=method)
+        assert done == fxprune.Compensation(("2",), ())
+
+
+def test_a_weight_that_is_computed_is_left() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight / 3, self.bias)
+
+    model = redundant(nn.Linear(3, 8), Scaled(8, 4))
+    for method in ("constants", "least_squares"):
+        pruned = of_odd_units(model, ROWS)
+        before = pruned.model(ROWS)
+        done = fxprune.compensate(model, pruned, [(ROWS,)], method=method)
+        assert done.changed == ()
+        assert len(done.left) == 1
+        torch.testing.assert_close(pruned.model(ROWS), before, rtol=0, atol=0)
+
+
+def test_constants_of_a_model_in_parts() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU())
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.body(x)
+            if float(hidden.detach().sum()) < 0:
+                hidden = -hidden
+            return self.head(hidden)
+
+    model = Parts().double().eval()
+    pruned = fxprune.prune(model, ROWS[:2], channels=0.5)
+    done = fxprune.compensate(model, pruned, [(ROWS,)], method="constants")
+    assert "body.2" in done.changed
