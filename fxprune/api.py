@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,7 @@ from fxprune.common.numbers import check_bool
 from fxprune.common.public import public
 from fxprune.coupling import Coupling, Terms
 from fxprune.coupling.analysis import Clock, label_and_couple
-from fxprune.criteria import Criterion
+from fxprune.criteria import Criterion, given_data
 from fxprune.errors import ArgumentError
 from fxprune.inputs import ExampleInputs, read
 from fxprune.latency import Setting
@@ -31,9 +31,10 @@ from fxprune.options import (
     kept_parameters,
     latency_setting,
     read_budget,
+    read_compensation,
     whole_head_tensors,
 )
-from fxprune.pipeline import Task, apply_stage, carry_out, stages_of
+from fxprune.pipeline import Task, apply_stage, carry_out, compensated, stages_of
 from fxprune.result.plan import Plan
 from fxprune.result.pruned import Pruned
 from fxprune.result.serialization import read_pruned
@@ -117,6 +118,8 @@ def prune(
     units: str | Mapping[str, str] = "dims",
     round_to: int = 1,
     min_channels: int = 1,
+    data: Iterable[object] | None = None,
+    compensate: str | None = None,
     verify: bool | None = None,
 ) -> Pruned:
     """Remove the least important channels of a model and return the smaller model.
@@ -177,9 +180,19 @@ def prune(
         Every group keeps a multiple of this many units, if it has at least as many.
     min_channels:
         Every group keeps at least this many units, if it has as many.
+    data:
+        Unlabelled calibration data: batches ``(inputs, ...)`` that can be read repeatedly, a
+        ``DataLoader`` or a list. With it, the weights that stay are corrected for what was
+        removed, and a criterion that can read unlabelled data reads it. A few hundred samples
+        from varied sources are enough; the network is fitted to what they show.
+    compensate:
+        How the weights are corrected with ``data``, as in :func:`compensate`:
+        ``"least_squares"`` (the default; ``"constants"`` for models that are not one graph),
+        ``"constants"`` or ``"none"``. The report names the modules that could not be corrected.
     verify:
         Whether to prove the result against the masked original (see :func:`verify`). The report
-        then shows the error, and an error above 1e-6 raises a :class:`VerificationError`. By
+        then shows the error, and an error above 1e-6 raises a :class:`VerificationError`. The
+        result is proved before its weights are corrected with ``data``. By
         default, the result is proved if it depends on one of your own rules
         (:func:`register_rule`).
 
@@ -221,11 +234,15 @@ def prune(
     >>> pruned.model(torch.zeros(5, 3, 8, 8)).shape, pruned.model.get_submodule("0").weight.shape
     (torch.Size([5, 4, 4, 4]), torch.Size([4, 3, 3, 3]))
     """
+    method = read_compensation(data, compensate)
     budget = read_budget(channels, macs, params, latency, scope, layers, round_to, min_channels)
     setting = latency_setting(device, budget, example_inputs)
     verify = None if verify is None else check_bool("verify", verify)
+    criterion = criterion if data is None else given_data(criterion, data)
     task = _task(model, example_inputs, keep, units, criterion, budget, setting)
     pruned, coupling = carry_out(task, verify)
+    if data is not None and method:
+        pruned = compensated(task, pruned, coupling, data, method)
     warn_if_training_is_lost(coupling, stacklevel=3)
     warn_if_little_removed(pruned.report, coupling, budget, stacklevel=3)
     return pruned

@@ -24,6 +24,7 @@ __all__ = [
     "check_finite",
     "check_loader",
     "check_read",
+    "check_repeatable",
     "loader_call",
 ]
 
@@ -161,6 +162,22 @@ def check_loader(loader: Any) -> None:
         raise ArgumentError(
             f"the loader is {what}, which holds no batches: give a DataLoader, or a list of "
             "batches (inputs, *targets)."
+        )
+
+
+def check_repeatable(loader: Any) -> None:
+    """Refuse a loader that can be read only once.
+
+    Raises
+    ------
+    ArgumentError
+        If it is an iterator, or gives no batches.
+    """
+    check_loader(loader)
+    if isinstance(loader, Iterator):
+        raise ArgumentError(
+            f"the loader is a {type(loader).__name__}, which can be read only once. Pass one that "
+            "can be read again: a DataLoader, or list(...) of it."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fxprune.calibration import check_repeatable
 from fxprune.common.contents import named_tensors, tensors_of
 from fxprune.common.identity import IdentitySet
 from fxprune.common.numbers import check_integer, check_share
@@ -29,6 +30,7 @@ __all__ = [
     "kept_parameters",
     "latency_setting",
     "read_budget",
+    "read_compensation",
     "whole_head_tensors",
 ]
 
@@ -269,6 +271,38 @@ def latency_setting(
     return (
         device if isinstance(device, Setting) else Setting(None if device is None else str(device))
     )
+
+
+def read_compensation(data: Any, method: Any) -> str:
+    """Return how to compensate for removed channels; empty if not at all.
+
+    Parameters
+    ----------
+    data:
+        The loader that the caller gave, or None.
+    method:
+        The method that the caller named, or None.
+
+    Raises
+    ------
+    ArgumentError
+        If the method is unknown, or needs data that is not there, or the loader gives no batches
+        or can be read only once.
+    """
+    if data is not None:
+        check_repeatable(data)
+    if method is not None and not (isinstance(method, str) and method in _COMPENSATION):
+        raise ArgumentError(
+            f"compensate={short_repr(method)} is none of {', '.join(map(repr, _COMPENSATION))}."
+        )
+    if data is None:
+        if method in (None, "none"):
+            return ""
+        raise ArgumentError(f"compensate={method!r} needs data=, a loader of the model's inputs.")
+    return "" if method == "none" else str(method or _COMPENSATION[0])
+
+
+_COMPENSATION = ("least_squares", "constants", "none")
 
 
 def check_pruned(pruned: Any, function: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,11 +19,22 @@ from fxprune.latency_budget import prune_to_latency
 from fxprune.result.plan import Plan, fingerprint, stored_plan
 from fxprune.result.pruned import Pruned
 from fxprune.result.stored_inputs import holds_objects, unpack_inputs
+from fxprune.rewrite import Survivors
 from fxprune.select.budget import Budget
 from fxprune.select.selection import select
+from fxprune.training.compensation import fold_constants
+from fxprune.training.least_squares import reconstruct
 from fxprune.verification import Verification, check
 
-__all__ = ["Task", "apply_stage", "carry_out", "proofs", "replay", "stages_of"]
+__all__ = [
+    "Task",
+    "apply_stage",
+    "carry_out",
+    "compensated",
+    "proofs",
+    "replay",
+    "stages_of",
+]
 
 
 _ATTEMPTS = 16  # prune gives up after this many attempts, each of which pins one more node
@@ -95,6 +106,38 @@ def carry_out(task: Task, verify: bool | None) -> tuple[Pruned, Coupling]:
         report = replace(pruned.report, error=error, seconds=dict(task.clock.seconds))
         pruned = replace(pruned, report=report)
     return pruned, coupling
+
+
+def compensated(
+    task: Task, pruned: Pruned, coupling: Coupling, data: Iterable[object], method: str
+) -> Pruned:
+    """Correct the weights of a result for what was removed, and report what could not be.
+
+    Parameters
+    ----------
+    task:
+        The call that gave the result.
+    pruned:
+        The result; its model is changed in place.
+    coupling:
+        The analysis that it is based on.
+    data:
+        Batches ``(inputs, ...)``.
+    method:
+        ``"least_squares"`` or ``"constants"``. Models in parts get constants, because their Python
+        may hand other things to the pruned layers than to the original's.
+    """
+    survivors = Survivors(coupling, {group.name: group.kept for group in pruned.plan.groups})
+    fit = reconstruct if method == "least_squares" and not coupling.parts else fold_constants
+    with task.clock("compensate"):
+        done = fit(coupling, survivors, task.model, pruned.model, data)
+    report = replace(
+        pruned.report,
+        compensated=done.changed,
+        uncompensated=done.left,
+        seconds=dict(task.clock.seconds),
+    )
+    return replace(pruned, report=report)
 
 
 def smaller_model(task: Task) -> Result:

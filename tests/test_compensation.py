@@ -4,6 +4,7 @@ The result is exact where it can be, and nearer to the original where it cannot.
 """
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
+from fxprune.criteria import FlowCPMC
 
 
 class Positional(nn.Module):
@@ -299,3 +301,68 @@ def test_constants_of_a_model_in_parts() -> None:
     pruned = fxprune.prune(model, ROWS[:2], channels=0.5)
     done = fxprune.compensate(model, pruned, [(ROWS,)], method="constants")
     assert "body.2" in done.changed
+
+
+# -- with prune
+
+
+@pytest.mark.parametrize(
+    ("method", "same_as"), [(None, "least_squares"), ("constants", "constants")]
+)
+def test_prune_with_data_compensates(method: str | None, same_as: str) -> None:
+    model, x = teacher(), torch.randn(64, 3, 8, 8) + 0.5
+    pruned = fxprune.prune(model, x[:2], channels=0.75, data=[(x,)], compensate=method)
+    by_hand = fxprune.prune(model, x[:2], channels=0.75)
+    done = fxprune.compensate(model, by_hand, [(x,)], method=same_as)
+    torch.testing.assert_close(pruned.model(x), by_hand.model(x))
+    assert pruned.report.compensated == done.changed
+    assert pruned.report.uncompensated == done.left
+    assert f"compensated {len(done.changed)} modules" in str(pruned.report)
+
+
+def test_prune_with_data_proves_before_it_compensates() -> None:
+    model, x = teacher(), torch.randn(64, 3, 8, 8)
+    pruned = fxprune.prune(model, x[:2], channels=0.5, data=[(x,)], verify=True)
+    assert pruned.report.error is not None
+    assert pruned.report.error < 1e-9
+    assert list(pruned.report.seconds)[-1] == "compensate"
+
+
+def test_data_without_compensation_is_for_the_criterion() -> None:
+    model, x = teacher(), torch.randn(64, 3, 8, 8)
+    options: Any = {"channels": 0.5, "data": [(x,)], "compensate": "none"}
+    plain = fxprune.prune(model, x[:2], criterion="l1", **options)
+    assert plain.report.compensated == ()
+    assert plain.plan == fxprune.prune(model, x[:2], channels=0.5, criterion="l1").plan
+    read = fxprune.prune(model, x[:2], criterion="cpmc_flow", **options)
+    given = FlowCPMC(data=[(x,)])
+    assert read.plan == fxprune.prune(model, x[:2], channels=0.5, criterion=given).plan
+
+
+def test_a_model_in_parts_gets_constants_by_itself() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.body(x)
+            return -hidden if float(hidden.detach().sum()) < 0 else hidden
+
+    pruned = fxprune.prune(Parts().double().eval(), ROWS[:2], channels=0.5, data=[(ROWS,)])
+    assert pruned.report.compensated == ("body.2",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compensate": "constants"}, "needs data="),
+        ({"data": [(ROWS,)], "compensate": "magic"}, "none of 'least_squares', 'constants'"),
+        ({"data": iter([(ROWS,)])}, "read only once"),
+        ({"data": ROWS}, "holds no batches"),
+    ],
+)
+def test_data_and_compensate_that_prune_refuses(options: dict[str, Any], message: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2)).double()
+    with pytest.raises(fxprune.ArgumentError, match=message):
+        fxprune.prune(model, ROWS[:2], channels=0.5, **options)

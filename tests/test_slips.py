@@ -184,7 +184,12 @@ OPTIONS = {
 }
 
 DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
-    "prune": (fxprune.prune, lambda: pruning(**SHARES, **OPTIONS, min_channels=2, verify=True)),
+    "prune": (
+        fxprune.prune,
+        lambda: pruning(
+            **SHARES, **OPTIONS, min_channels=2, verify=True, data=loader(), compensate="constants"
+        ),
+    ),
     "prune in time": (fxprune.prune, lambda: pruning(device=None)),
     "analyze": (
         fxprune.analyze,

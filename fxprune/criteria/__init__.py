@@ -64,6 +64,7 @@ __all__ = [
     "Views",
     "bn_scale",
     "fpgm",
+    "given_data",
     "l1",
     "l2",
     "lamp",
@@ -164,6 +165,18 @@ class Ranking:
 
     value: Floats
     costs: CostTerms = field(default_factory=AddedCosts)
+
+
+def given_data(criterion: Criterion, data: Any) -> Criterion:
+    """Return the criterion, with a loader of unlabelled data if it has a use for it.
+
+    Raises
+    ------
+    ArgumentError
+        If the criterion is unknown.
+    """
+    chosen: Any = _as_criterion(criterion)
+    return chosen.with_data(data) if hasattr(chosen, "with_data") else criterion
 
 
 @public

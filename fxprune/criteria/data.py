@@ -10,7 +10,7 @@ over all processes. The scores then equal those of one process that reads everyt
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ from fxprune.calibration import (
     batches_of,
     call_model,
     check_finite,
-    check_loader,
     check_read,
+    check_repeatable,
 )
 from fxprune.common.arrays import Floats
 from fxprune.common.hooks import in_mode
@@ -60,12 +60,7 @@ class _Reader:
     loader: Loader
 
     def __post_init__(self) -> None:
-        check_loader(self.loader)
-        if isinstance(self.loader, Iterator):
-            raise ArgumentError(
-                f"the loader is a {type(self.loader).__name__}, which can be read only once. "
-                "Pass one that can be read again: a DataLoader, or list(...) of it."
-            )
+        check_repeatable(self.loader)
 
 
 @dataclass(frozen=True)

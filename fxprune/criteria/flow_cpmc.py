@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from fxprune.calibration import Loader, LoaderBatch, batches_of, check_loader, check_read
+from fxprune.calibration import Loader, LoaderBatch, batches_of, check_read, check_repeatable
 from fxprune.common.arrays import Floats
 from fxprune.common.numbers import check_integer
 from fxprune.common.public import public
@@ -112,12 +112,16 @@ class FlowCPMC:
         check_weights(self, ("computation", "parameters"))
         object.__setattr__(self, "seed", check_integer("seed", self.seed, 0))
         if self.data is not None:
-            check_loader(self.data)
+            check_repeatable(self.data)
 
     @property
     def costs(self) -> DividingCosts:
         """The cost terms, by which the selection divides the value."""
         return DividingCosts(self.computation, self.parameters)
+
+    def with_data(self, data: Loader) -> FlowCPMC:
+        """Return the same criterion with data, unless it has some."""
+        return replace(self, data=data) if self.data is None else self
 
     @public
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:

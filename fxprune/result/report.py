@@ -48,7 +48,15 @@ class LatencyRow(NamedTuple):
     setting: str
 
 
-_TEXTS = ("untouched", "decisions", "statistics", "parts", "not_set")
+_TEXTS = (
+    "untouched",
+    "decisions",
+    "statistics",
+    "parts",
+    "not_set",
+    "compensated",
+    "uncompensated",
+)
 
 
 @public
@@ -93,6 +101,9 @@ class Report:
     not_set:
         Attributes that forward sets to values that it computes from the inputs
         (``self.features = h``). A graph does not set them.
+    compensated, uncompensated:
+        Names of the modules whose weights were corrected for what was removed, and of those that
+        read removed channels but could not be corrected. Both are empty if no data was given.
 
     Raises
     ------
@@ -132,6 +143,8 @@ class Report:
     not_one_graph: str = ""
     latency: LatencyRow | None = None
     not_set: tuple[str, ...] = ()
+    compensated: tuple[str, ...] = ()
+    uncompensated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Rows may be given as plain tuples, and pinned axes as one string or several.
@@ -191,6 +204,8 @@ class Report:
             "parts": list(self.parts),
             "not_one_graph": self.not_one_graph,
             "not_set": list(self.not_set),
+            "compensated": list(self.compensated),
+            "uncompensated": list(self.uncompensated),
             "latency": None if self.latency is None else self.latency._asdict(),
         }
 
@@ -231,6 +246,7 @@ class Report:
         lines = [*self._summary(), *self._groups(), *self._pinned()]
         lines += _section("not used by any operation, left as they are", self.untouched)
         lines += _section("set by forward, not by its graph", self.not_set)
+        lines += _section("read removed channels, not compensated", self.uncompensated)
         lines += _section("control flow fixed by the example inputs", self.decisions)
         lines += _section("normalised over the surviving channels", self.statistics)
         return "\n".join(lines)
@@ -247,6 +263,8 @@ class Report:
             yield f"because     {self.not_one_graph}"
         if self.error is not None:
             yield f"verified    equals the masked original, relative error {self.error:.1e}"
+        if self.compensated:
+            yield f"compensated {_counted(len(self.compensated), 'module')} on data"
         if self.seconds:
             stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.seconds.items())
             yield f"seconds     {sum(self.seconds.values()):.2f} ({stages})"
