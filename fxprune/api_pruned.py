@@ -128,7 +128,7 @@ def compensate(
     loader: Iterable[object],
     *,
     method: str = "constants",
-    ridge: float = 1e-4,
+    ridge: float | None = None,
 ) -> Compensation:
     """Correct the weights that stay for the removed channels, before any fine-tuning.
 
@@ -150,7 +150,8 @@ def compensate(
         reads.
     ridge:
         The strength of the regularisation for least squares, as a share of the mean square of the
-        inputs. It keeps weights where they are in directions that the data does not show.
+        inputs. It keeps weights where they are in directions that the data does not show. By
+        default it is 50 over the number of samples: few samples say little about other data.
 
     Returns
     -------
@@ -176,7 +177,7 @@ def compensate(
         raise ArgumentError(
             f"method={short_repr(method)} is neither 'constants' nor 'least_squares'."
         )
-    damping = _checked_ridge(ridge)
+    damping = None if ridge is None else _checked_ridge(ridge)
     check_pruned(pruned, "compensate")
     model = uncompiled(model)
     check_model(model)
@@ -192,7 +193,7 @@ def _checked_ridge(ridge: Any) -> float:
     """Return ``ridge`` as a number, or raise an ArgumentError if it is not one of at least 0."""
     damping = as_number(ridge)
     if damping is None or not 0 <= damping < float("inf"):
-        message = f"ridge={short_repr(ridge)} must be a number of at least 0, e.g. ridge=1e-4."
+        message = f"ridge={short_repr(ridge)} must be a number of at least 0, e.g. ridge=0.1."
         raise ArgumentError(message)
     return damping
 

@@ -101,4 +101,6 @@ def test_example_runs(tmp_path):
     )
     found = json.loads(figures.read_text())
     assert found["test accuracy, %"]["after"] > 80
+    assert found["test accuracy after compensation, %"] > 80
+    assert found["test accuracy before fine-tuning, %"] < 50
     assert found["MACs"]["after"] < 0.4 * found["MACs"]["before"]

@@ -35,6 +35,15 @@ from fxprune.training.consumers import (
 __all__ = ["reconstruct"]
 
 
+_SAMPLES = 50
+"""With this many samples, the penalty weighs as much as the mean square of an input.
+
+On pretrained networks and inputs from other sources than those of the fit, a share between a tenth
+and one keeps most, with 200 samples; a share of 1e-4 fits the sources
+(``benchmarks/pretrained.py``).
+"""
+
+
 def reconstruct(
     coupling: Coupling,
     survivors: Survivors,
@@ -42,7 +51,7 @@ def reconstruct(
     pruned: nn.Module,
     loader: Iterable[Any],
     *,
-    ridge: float = 1e-4,
+    ridge: float | None = None,
 ) -> Compensation:
     r"""Refit each consumer on its remaining inputs by least squares.
 
@@ -61,7 +70,8 @@ def reconstruct(
         As for :func:`fold_constants`. All batches are held in memory. After an error, the
         parameters of ``pruned`` are what they were.
     ridge:
-        Weight of the penalty, as a share of the inputs' mean square; at least 0.
+        Weight of the penalty, as a share of the inputs' mean square; at least 0. By default 50
+        over the number of samples: the fewer there are, the less they say about other data.
 
     Returns
     -------
@@ -88,6 +98,8 @@ def reconstruct(
         )
     batches = list(batches_of(loader, model, coupling.example))
     check_read(len(batches))
+    if ridge is None:
+        ridge = _SAMPLES / sum(batch.size for batch in batches)
     with _as_before(pruned):
         return _refit(coupling, survivors, model, pruned, batches, ridge)
 
@@ -180,7 +192,7 @@ def _solve(
     except torch.linalg.LinAlgError as error:
         raise ArgumentError(
             f"ridge={ridge}: the data does not determine the weights of {consumer.name!r}. Give "
-            "ridge=1e-4."
+            "a larger one, or none."
         ) from error
     with torch.no_grad():
         rows.copy_(solved[:, :, : rows[0].numel()].reshape(rows.shape))
