@@ -266,8 +266,8 @@ def _composites() -> Iterator[Composite]:
             yield Composite(name, module, parameters, (1, 3, 128, 128), (1, 3, 360, 520))
         else:  # SSD resizes images to the size it is built for
             options = {} if ".ssd" in module else {"min_size": 96, "max_size": 160}
-            if "rcnn" in name:  # for small images, a tenth of the regions that are the default
-                options |= {"rpn_post_nms_top_n_test": 100, "box_detections_per_img": 10}
+            if "keypoint" in name:  # each box takes a GMAC: a tenth of those that are the default
+                options |= {"box_detections_per_img": 10}
             # These take 10 to 30 seconds each. Smaller models cover their code; for RetinaNet,
             # small_detector does.
             slow = "rcnn_resnet50" in name or name in ("ssd300_vgg16", "retinanet_resnet50_fpn")

@@ -44,7 +44,7 @@ class Compensation:
         Names of the modules whose weights, bias or following normalisation were changed.
     left:
         Names of the modules that read removed channels but were left as they were. Where a weight
-        is computed by forward, or read repeatedly, it is the name of the node that reads it.
+        is computed by forward, or read by several nodes, it is the name of the node.
     """
 
     changed: tuple[str, ...]

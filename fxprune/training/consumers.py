@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class Consumer:
     name:
         The name of the module that holds the weight.
     weight:
-        The name of the weight, a parameter that is read once.
+        The name of the weight, a parameter that one node reads.
     constant:
         Name and sign of the tensor to which a constant of the outputs can be added: the bias, or
         minus the running mean of the batch normalisation that alone reads the result. None if
@@ -79,7 +78,7 @@ class Readers(dict[str, Consumer]):
     ----------
     others:
         Names of nodes that contract removed channels in another way: with a weight that forward
-        computes, or one that is read repeatedly.
+        computes, or one that several nodes read.
     """
 
     def __init__(self) -> None:
@@ -102,9 +101,11 @@ def consumers_of(coupling: Coupling, survivors: Survivors) -> Readers:
     for trace in coupling.traces:
         if not trace.training:
             nodes |= {trace.prefix + node.name: (trace.path, node) for node in trace.graph.nodes}
-    times: Counter[str] = Counter()
+    readers: dict[str, set[str]] = {}  # a part may run repeatedly, and then its nodes do
     for ran in coupling.contractions:
-        times.update(names[tensor] for tensor in ran.read if tensor in names)
+        for tensor in ran.read:
+            if tensor in names:
+                readers.setdefault(names[tensor], set()).add(ran.node)
     found = Readers()
     for ran in coupling.contractions:
         form = weight_form(coupling, ran)
@@ -115,7 +116,7 @@ def consumers_of(coupling: Coupling, survivors: Survivors) -> Readers:
         if lost is None:
             continue
         name = names.get(given[form.weight])
-        if name is None or times[name] > 1:
+        if name is None or len(readers[name]) > 1:
             found.others.append(ran.node)
             continue
         bias = _bias_of(given, names)
