@@ -25,6 +25,7 @@ __all__ = [
     "check_loader",
     "check_read",
     "check_repeatable",
+    "device_of",
     "loader_call",
 ]
 
@@ -72,7 +73,7 @@ def batches_of(loader: Loader, model: nn.Module, example: Call) -> Iterator[Load
     CallbackError
         If the loader raises an error.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
 
     def moved(tensor: Tensor) -> Tensor:
         """Move a tensor to the model's device."""
@@ -88,6 +89,11 @@ def batches_of(loader: Loader, model: nn.Module, example: Call) -> Iterator[Load
         size = _checked_size(call, batch)
         args, kwargs = tree_map_only(Tensor, copied, (call.args, call.kwargs))
         yield LoaderBatch(args, kwargs, tree_map_only(Tensor, moved, targets), size)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter; the CPU if it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _checked_size(call: Call, batch: Any) -> int:

@@ -25,7 +25,7 @@ data.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -167,7 +167,7 @@ class Ranking:
     costs: CostTerms = field(default_factory=AddedCosts)
 
 
-def given_data(criterion: Criterion, data: Any) -> Criterion:
+def given_data(criterion: Criterion, data: Iterable[object]) -> Criterion:
     """Return the criterion, with a loader of unlabelled data if it has a use for it.
 
     Raises

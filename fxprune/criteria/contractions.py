@@ -19,7 +19,13 @@ from fxprune.ops.convolution import is_convolution
 from fxprune.ops.macs import op_macs
 from fxprune.trace import Trace
 
-__all__ = ["ContractionWatcher", "RanContraction", "WeightForm", "weight_form"]
+__all__ = [
+    "ContractionWatcher",
+    "RanContraction",
+    "WeightForm",
+    "WholeOpsMode",
+    "weight_form",
+]
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,25 @@ class ContractionWatcher(Watcher):
         """
 
 
-class _ContractionMode(DispatchMode):
+class WholeOpsMode(DispatchMode):
+    """A mode that looks at operations as the analysis sees them, composite ones whole.
+
+    Enter it together with ``torch._C._AutoDispatchBelowAutograd()``.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_seen_whole(func):
+            return self.run(func, args, kwargs)
+        with self:
+            return func.decompose(*args, **kwargs)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation and return its result."""
+        return func(*args, **kwargs)
+
+
+class _ContractionMode(WholeOpsMode):
     """A mode that keeps the contractions that run.
 
     Parameters
@@ -105,14 +129,11 @@ class _ContractionMode(DispatchMode):
         self.own_statistics = own_statistics
         self.calls: list[tuple[Any, dict[str, Any], Any]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not is_seen_whole(func):
-            with self:
-                return func.decompose(*args, **kwargs)
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and keep it if it is a contraction."""
         if self.own_statistics:
             args, kwargs = _with_statistics_of_batch(func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = super().run(func, args, kwargs)
         if op_macs(func, args, kwargs, out):
             self.calls.append((func, bind(func, args, kwargs), out))
         return out

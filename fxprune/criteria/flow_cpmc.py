@@ -10,7 +10,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from fxprune.calibration import Loader, LoaderBatch, batches_of, check_read, check_repeatable
+from fxprune.calibration import (
+    Loader,
+    LoaderBatch,
+    batches_of,
+    check_read,
+    check_repeatable,
+    device_of,
+)
 from fxprune.common.arrays import Floats
 from fxprune.common.numbers import check_integer
 from fxprune.common.public import public
@@ -170,7 +177,7 @@ class FlowCPMC:
 
 def _flow_on_noise(coupling: Coupling, model: nn.Module, seed: int) -> Floats | None:
     """Return the flow on noise, shape (labels,); None if the model does not run on it."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     for call in noise_like(coupling.inputs, seed):
         watcher = FlowWatcher(coupling, own_statistics=True)
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(device), tuple(call))

@@ -31,7 +31,6 @@ __all__ = [
     "RunningSum",
     "Watcher",
     "labels_on",
-    "placeholder_values",
     "unchanged",
     "unit_means",
     "watch_batch",
@@ -85,7 +84,7 @@ def watch_batch(
     if coupling.parts:
         _watch_parts(watcher, coupling, model, batch)
     else:
-        watcher.watch("", model, placeholder_values(coupling.traces[0], batch), batch.size)
+        watcher.watch("", model, _placeholder_values(coupling.traces[0], batch), batch.size)
     watcher.samples += batch.size
 
 
@@ -321,7 +320,7 @@ def _node_value(
         ) from error
 
 
-def placeholder_values(trace: Trace, batch: LoaderBatch) -> dict[str, Any]:
+def _placeholder_values(trace: Trace, batch: LoaderBatch) -> dict[str, Any]:
     """Return a batch's inputs by the names of the graph's placeholders.
 
     The loader may pass inputs by position or by name. Constants of the example (numbers, flags,

@@ -13,12 +13,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.common.contents import named_tensors
-from fxprune.common.dispatch import DispatchMode, tensors_in
+from fxprune.common.dispatch import tensors_in
 from fxprune.common.hooks import in_mode
 from fxprune.common.identity import IdentityMap
 from fxprune.coupling import Coupling
-from fxprune.coupling.propagation import is_seen_whole
-from fxprune.criteria.contractions import WeightForm, weight_form
+from fxprune.criteria.contractions import WeightForm, WholeOpsMode, weight_form
 from fxprune.errors import ArgumentError
 from fxprune.labels import Array
 from fxprune.ops import Contraction, bind
@@ -217,19 +216,16 @@ def watching_consumers(
         yield
 
 
-class _ConsumerMode(DispatchMode):
+class _ConsumerMode(WholeOpsMode):
     """A mode that recognises consumers by their weights."""
 
     def __init__(self, by_weight: IdentityMap[Tensor, Consumer], visit: Visit) -> None:
         super().__init__()
         self.by_weight, self.visit = by_weight, visit
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not is_seen_whole(func):
-            with self:
-                return func.decompose(*args, **kwargs)
-        out = func(*args, **kwargs)
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and visit it if it reads the weight of a consumer."""
+        out = super().run(func, args, kwargs)
         for tensor in tensors_in(args, kwargs):
             consumer = self.by_weight.get(tensor)
             if consumer is not None and consumer.ran.func is func:
