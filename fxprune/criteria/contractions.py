@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -40,11 +40,14 @@ class RanContraction:
         The arguments on data, by name.
     out:
         The result on data.
+    macs:
+        The multiply-accumulates on data.
     """
 
     labelled: Contraction
     given: dict[str, Any]
     out: Any
+    macs: int
 
 
 class ContractionWatcher(Watcher):
@@ -73,9 +76,9 @@ class ContractionWatcher(Watcher):
             yield
         expected = self._contractions.get(trace.prefix + node.name, [])
         ran: list[RanContraction] = []
-        if [each.func for each in expected] == [func for func, _, _ in mode.calls]:
-            for each, (_, given, out) in zip(expected, mode.calls, strict=True):
-                ran.append(RanContraction(each, given, out))
+        if [each.func for each in expected] == [call.func for call in mode.calls]:
+            for each, call in zip(expected, mode.calls, strict=True):
+                ran.append(RanContraction(each, call.given, call.out, call.macs))
         self.after(node, ran, size)
 
     def after(self, node: fx.Node, ran: Sequence[RanContraction], size: int) -> None:
@@ -110,6 +113,15 @@ class WholeOpsMode(DispatchMode):
         return func(*args, **kwargs)
 
 
+class _Call(NamedTuple):
+    """An operation with its arguments by name, its result and its multiply-accumulates."""
+
+    func: Any
+    given: dict[str, Any]
+    out: Any
+    macs: int
+
+
 class _ContractionMode(WholeOpsMode):
     """A mode that keeps the contractions that run.
 
@@ -121,21 +133,22 @@ class _ContractionMode(WholeOpsMode):
     Attributes
     ----------
     calls:
-        Operation, arguments by name and result of each contraction.
+        The contractions.
     """
 
     def __init__(self, own_statistics: bool) -> None:
         super().__init__()
         self.own_statistics = own_statistics
-        self.calls: list[tuple[Any, dict[str, Any], Any]] = []
+        self.calls: list[_Call] = []
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and keep it if it is a contraction."""
         if self.own_statistics:
             args, kwargs = _with_statistics_of_batch(func, args, kwargs)
         out = super().run(func, args, kwargs)
-        if op_macs(func, args, kwargs, out):
-            self.calls.append((func, bind(func, args, kwargs), out))
+        macs = op_macs(func, args, kwargs, out)
+        if macs:
+            self.calls.append(_Call(func, bind(func, args, kwargs), out, macs))
         return out
 
 
@@ -170,6 +183,8 @@ class WeightForm:
         The dimension of the activations that is summed up, counted from the end.
     channel:
         The dimension of the result that holds the outputs, counted from the end.
+    outputs:
+        The dimension of the weight that holds the outputs, or those of one group.
     """
 
     weight: str
@@ -177,6 +192,29 @@ class WeightForm:
     summed: int
     read: int
     channel: int
+    outputs: int
+
+    def along_outputs(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Return one value per output, shape (outputs,), in a shape that fits the weight's.
+
+        Parameters
+        ----------
+        values:
+            One value for each output.
+        weight:
+            The weight.
+        """
+        size = weight.shape[self.outputs]
+        form = [1] * weight.dim()
+        form[self.outputs] = size
+        if len(values) == size:
+            return values.reshape(form)
+        # The weight of a transposed convolution holds the outputs of one group. Its inputs are
+        # those of all groups, one group after the other.
+        groups = len(values) // size
+        form[self.summed] = weight.shape[self.summed]
+        each = values.reshape(groups, size).repeat_interleave(form[self.summed] // groups, 0)
+        return each.reshape(form)
 
 
 def weight_form(coupling: Coupling, ran: Contraction) -> WeightForm | None:
@@ -202,10 +240,11 @@ def weight_form(coupling: Coupling, ran: Contraction) -> WeightForm | None:
     if is_convolution(ran.func):
         transposed = given.get("transposed", "output_padding" in given)
         channel = 1 - weight.dim()
-        return WeightForm(name, data, 0 if transposed else 1, channel, channel)
+        summed, outputs = (0, 1) if transposed else (1, 0)
+        return WeightForm(name, data, summed, channel, channel, outputs)
     if name == "weight":  # as in linear: (outputs, inputs)
-        return WeightForm(name, data, 1, -1, -1) if weight.dim() == 2 else None
+        return WeightForm(name, data, 1, -1, -1, 0) if weight.dim() == 2 else None
     last = weight.dim() - 1
     if name == operands[1]:
-        return WeightForm(name, data, last - 1, -1, -1)
-    return WeightForm(name, data, last, -2, -2)
+        return WeightForm(name, data, last - 1, -1, -1, last)
+    return WeightForm(name, data, last, -2, -2, last - 1)

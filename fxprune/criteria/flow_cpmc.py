@@ -45,13 +45,14 @@ class FlowCPMC:
     .. math::
 
        I(u) = \frac{V(u)}{r(u)} \frac{1}{C(u)^a P(u)^b}, \qquad
-       V(u) = \sum_y \frac{1}{|y|} \sum_{o \in y}
-              \frac{\sum_{w \in W_{o,u}} w^2 \, \mathrm{E}[x_w^2]}{\mathrm{Var}(y_o)}
+       V(u) = \mathrm{E}[x_u^2] \sum_y \frac{1}{|y|} \sum_{o \in y}
+              \frac{\sum_{w \in W_{o,u}} w^2}{\mathrm{Var}(y_o)}
 
     The sum goes over all layers y that read the unit u. :math:`W_{o,u}` are the weights that lead
-    from the unit to the output o, and :math:`x_w` is what such a weight multiplies: the unit's
-    activation. So V is the share of the unit in what each next layer gives. Its own filters enter
-    through its activation, the dependent weights of the next layers through what they make of it.
+    from the unit to the output channel o, and :math:`x_u` is the unit's activation; mean square
+    and variance go over samples and positions. So V is the share of the unit in what each next
+    layer gives. Its own filters enter through its activation, the dependent weights of the next
+    layers through their squares.
     C and P are the multiply-accumulates and the parameters that vanish with the unit, at the
     current widths. :math:`r(u)` is the share of its block that is left when all units of smaller
     V are gone, so that no group is emptied.
@@ -185,7 +186,7 @@ def _flow_on_noise(coupling: Coupling, model: nn.Module, seed: int) -> Floats | 
         try:
             with watching(coupling, model) as filled:
                 watch_batch(watcher, coupling, filled, batch)
-        except ArgumentError:  # the model may take the example's batch size only
+        except ArgumentError:  # the model may take the example's sizes only
             continue
         return watcher.total / watcher.samples
     return None

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
-from fxprune.inputs import Call
-from fxprune.resized import other_batch
+from fxprune.common.contents import tensors_of
+from fxprune.inputs import Call, batch_size
+from fxprune.resized import other_batch, replace_sizes
 
 __all__ = ["noise_like"]
 
 
-_ELEMENTS = 2**20
+_ELEMENTS = 2**17
 """About how many numbers the noise of one model has: a few images, or many short signals."""
 
-_LEAST, _MOST = 8, 64  # samples
+_LEAST, _MOST = 2, 64  # samples
+
+_SMALL = 64
+"""Images from twice this size on are tried at about a quarter of their size, at least this."""
+
+_ALIKE = 0.9
+"""Correlation of the channels of an image."""
+
+_COLOURS = 4
+"""Inputs with two dimensions of space and at most so many channels are images."""
 
 
-def noise_like(call: Call, seed: int) -> list[Call]:
-    """Return calls to try: noise with many samples, then noise with as many as the example.
+def noise_like(call: Call, seed: int) -> Iterator[Call]:
+    """Yield calls to try, the cheapest first: smaller images, the example's size, its batch size.
 
     Floating-point tensors become normal noise. Integers and flags keep their values, so that
-    indices stay valid. Images have a spectrum that falls with frequency, as that of photographs
-    does: neighbouring pixels are alike, which white noise lacks.
+    indices stay valid. Images look like photographs in two respects: their spectrum falls with
+    frequency, so that neighbouring pixels are alike, and so are their channels.
 
     Parameters
     ----------
@@ -34,28 +45,48 @@ def noise_like(call: Call, seed: int) -> list[Call]:
     seed:
         Seed of the noise.
     """
-    floats: list[int] = []
-    tree_map(lambda leaf: floats.append(leaf.numel()) if _is_float(leaf) else None, call)
-    samples = min(_MOST, max(_LEAST, _ELEMENTS // max(sum(floats), 1)))
-    wide = other_batch(call, samples)
-    calls = []
-    for each in (call,) if wide is None else (wide, call):
-        generator = torch.Generator().manual_seed(seed)
-        calls.append(Call(*tree_map(lambda leaf, g=generator: _noise(leaf, g), tuple(each))))
-    return calls
+    small = _smaller_images(call)
+    for each in (call,) if small is None else (small, call):
+        numbers = sum(leaf.numel() for leaf in tensors_of(tuple(each)) if _is_float(leaf))
+        samples = _ELEMENTS * batch_size(each) // max(numbers, 1)
+        wide = other_batch(each, min(_MOST, max(_LEAST, samples)))
+        if wide is not None:
+            yield _filled(wide, seed)
+    yield _filled(call, seed)
+
+
+def _smaller_images(call: Call) -> Call | None:
+    """Return the example with smaller images; None if it has none that are large.
+
+    The statistics of a channel hardly depend on the size, but the time does.
+    """
+    images = [leaf for leaf in tensors_of(tuple(call)) if _is_float(leaf) and leaf.dim() > 3]
+    sizes = {size for image in images for size in image.shape[2:] if size >= 2 * _SMALL}
+    # networks that halve their images want sizes that they can halve repeatedly
+    new = {size: max(_SMALL, 32 * round(size / 128)) for size in sizes}
+    return replace_sizes(call, new) if new else None
+
+
+def _filled(call: Call, seed: int) -> Call:
+    """Return a call with noise in the place of its floating-point tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    return Call(*tree_map_only(Tensor, lambda leaf: _noise(leaf, generator), tuple(call)))
 
 
 def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _noise(leaf: Any, generator: torch.Generator) -> Any:
-    """Return noise of a tensor's shape and dtype; other values as they are."""
+def _noise(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    """Return noise of a tensor's shape and dtype; a tensor of integers as it is."""
     if not _is_float(leaf):
         return leaf
     noise = torch.randn(leaf.shape, generator=generator)
     if leaf.dim() > 3:
         noise = _with_falling_spectrum(noise)
+        if leaf.shape[1] <= _COLOURS:
+            grey = torch.randn((leaf.shape[0], 1, *leaf.shape[2:]), generator=generator)
+            noise = (1 - _ALIKE) ** 0.5 * noise + _ALIKE**0.5 * _with_falling_spectrum(grey)
     return noise.to(leaf.dtype)
 
 
