@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import importlib.metadata
 import json
@@ -72,11 +73,13 @@ def count_macs(model: nn.Module, inputs: Tensor) -> int:
 def output_layers(model: nn.Module, inputs: Tensor) -> list[nn.Module]:
     """Return the layers with as many outputs as the model has classes.
 
-    torch-pruning also prunes the logits unless the user lists the last layer. This function lists
-    every ``Linear`` and convolution of that width, as a user of its plain interface does by hand.
+    torch-pruning also prunes the outputs unless the user lists the last layers. This function
+    lists every ``Linear`` and convolution of such a width, as a user of its plain interface does
+    by hand.
     """
     with torch.no_grad():
-        classes = first_tensor(model(inputs)).shape[1]
+        outputs = torch.utils._pytree.tree_leaves(model(inputs))
+    classes = {out.shape[1] for out in outputs if isinstance(out, Tensor) and out.dim() > 1}
     widths = {
         nn.Linear: "out_features",
         nn.Conv1d: "out_channels",
@@ -87,7 +90,7 @@ def output_layers(model: nn.Module, inputs: Tensor) -> list[nn.Module]:
         module
         for module in model.modules()
         for kind, attribute in widths.items()
-        if isinstance(module, kind) and getattr(module, attribute) == classes
+        if isinstance(module, kind) and getattr(module, attribute) in classes
     ]
 
 
@@ -121,6 +124,53 @@ def torch_pruning_prune(
     )
     pruner.step()
     return model
+
+
+def torch_pruning_to_macs(
+    dense: nn.Module,
+    inputs: Tensor,
+    kept: float,
+    importance: Callable[[nn.Module], Any],
+    ignored: Callable[[nn.Module], Sequence[nn.Module]],
+    attempts: int = 12,
+) -> nn.Module:
+    """Prune a copy to at most ``kept`` of the MACs, as near as bisection of the ratio comes.
+
+    torch-pruning prunes globally. ``importance`` and ``ignored`` give the importance and the
+    ignored layers of a copy of the model.
+    """
+    import torch_pruning
+
+    limit = kept * count_macs(dense, inputs)
+    low, high, best = 0.0, 1.0, None
+    for _ in range(attempts):
+        ratio, model = (low + high) / 2, copy.deepcopy(dense).eval()
+        try:
+            torch_pruning.pruner.BasePruner(
+                model,
+                inputs,
+                importance=importance(model),
+                global_pruning=True,
+                pruning_ratio=ratio,
+                ignored_layers=[*ignored(model)],
+                # its defaults are shared between calls and remember earlier models
+                in_channel_groups={},
+                out_channel_groups={},
+            ).step()
+            macs = count_macs(model, inputs)
+        except Exception:  # it removed a whole layer, so the model cannot run
+            high = ratio
+            continue
+        if macs > limit:
+            low = ratio
+            continue
+        high = ratio
+        if best is None or macs > best[1]:
+            best = model, macs
+    if best is None:
+        raise RuntimeError(f"no pruning_ratio leaves a model that runs at {kept:.0%} of the MACs")
+    best[0].zero_grad()
+    return best[0]
 
 
 def torch_pruning_faults(before: nn.Module, after: nn.Module, inputs: Tensor) -> str | None:

@@ -44,7 +44,6 @@ those of the named criteria.
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import multiprocessing
@@ -364,53 +363,22 @@ def with_fxprune(
 
 
 def with_torch_pruning(
-    dense: nn.Module, data: _data.Data, name: str, kept: float, attempts: int = 12
+    dense: nn.Module, data: _data.Data, name: str, kept: float
 ) -> nn.Module:
-    """Prune to at most ``kept`` of the MACs, as near as bisection of ``pruning_ratio`` comes."""
-    limit = kept * common.count_macs(dense, data.example)
-    low, high, best = 0.0, 1.0, None
-    for _ in range(attempts):
-        ratio = (low + high) / 2
-        try:
-            model = _torch_pruned(dense, data, name, ratio)
-            macs = common.count_macs(model, data.example)
-        except Exception:  # it removed a whole layer, so the model cannot run
-            high = ratio
-            continue
-        if macs > limit:
-            low = ratio
-            continue
-        high = ratio
-        if best is None or macs > best[1]:
-            best = model, macs
-    if best is None:
-        raise RuntimeError(f"no pruning_ratio leaves a model that runs at {kept:.0%} of the MACs")
-    return best[0]
-
-
-def _torch_pruned(dense: nn.Module, data: _data.Data, name: str, ratio: float) -> nn.Module:
+    """Prune to at most ``kept`` of the MACs with an importance of torch-pruning."""
     import torch_pruning
 
-    model = copy.deepcopy(dense).eval()
-    if name.endswith("taylor"):
-        importance = torch_pruning.importance.GroupTaylorImportance()
+    def importance(model: nn.Module) -> Any:
+        if not name.endswith("taylor"):
+            return torch_pruning.importance.GroupMagnitudeImportance(p=2)
         for images, labels in _calibration(data, BATCH):
             F.cross_entropy(model(images), labels).backward()
-    else:
-        importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
-    torch_pruning.pruner.BasePruner(
-        model,
-        data.example,
-        importance=importance,
-        global_pruning=True,
-        pruning_ratio=ratio,
-        ignored_layers=common.output_layers(model, data.example),
-        # its defaults are shared between calls and remember earlier models
-        in_channel_groups={},
-        out_channel_groups={},
-    ).step()
-    model.zero_grad()
-    return model
+        return torch_pruning.importance.GroupTaylorImportance()
+
+    def ignored(model: nn.Module) -> list[nn.Module]:
+        return common.output_layers(model, data.example)
+
+    return common.torch_pruning_to_macs(dense, data.example, kept, importance, ignored)
 
 
 def dense_row(setting: Setting, where: Where) -> common.Record:

@@ -8,7 +8,9 @@ Each criterion prunes networks that other people trained (EfficientNet-lite0, MT
 shares of their multiply-accumulates. The pruned network is compared with the dense one on inputs
 whose sources neither the criterion nor the compensation has seen. ``/constants`` and
 ``/least_squares`` after a criterion compensate on the calibration inputs. ``cpmc_flow+data`` reads
-these, too, as ``activation`` does. ``random`` is the mean over five seeds.
+these, too, as ``activation`` does. ``random`` is the mean over five seeds. torch-pruning's
+importances prune globally; its ``pruning_ratio`` is searched until as few multiply-accumulates are
+left, and its results cannot be compensated.
 
 The standard error of a share s of n inputs is the root of s (1 - s) / n. Results go to
 ``benchmarks/results/pretrained.json`` and ``.md``. The packages:
@@ -30,6 +32,7 @@ from typing import Any
 import _common as common
 import _pretrained
 import torch
+from torch import nn
 
 import fxprune
 from fxprune import criteria
@@ -45,6 +48,8 @@ CRITERIA = (
     "bn_scale",
     "activation",
     "random",
+    "torch-pruning magnitude",
+    "torch-pruning lamp",
 )
 METHODS = ("", "/constants", "/least_squares")
 SHARES = (0.9, 0.8, 0.7, 0.5)
@@ -74,6 +79,9 @@ def row_of(network: str, name: str) -> list[float | str]:
     loader = [(batch,) for batch in what.calibration[:128].split(BATCH)]
     plain, _, method = name.partition("/")
     for share in SHARES:
+        if plain.startswith("torch-pruning"):
+            row.append(_agreement_of_torch_pruning(what, dense, plain, share))
+            continue
         try:
             row.append(_agreement(what, dense, criteria_of(plain, loader), share, method, loader))
         except fxprune.FxpruneError as error:
@@ -96,6 +104,26 @@ def _agreement(
             fxprune.compensate(what.model, pruned, loader, method=method)
         found.append(what.agreement(what.outputs(pruned.model), dense))
     return statistics.mean(found)
+
+
+def _agreement_of_torch_pruning(
+    what: _pretrained.Network, dense: torch.Tensor, name: str, share: float
+) -> float | str:
+    import torch_pruning
+
+    kinds = torch_pruning.importance
+    kind = kinds.LAMPImportance if name.endswith("lamp") else kinds.GroupMagnitudeImportance
+
+    def ignored(model: nn.Module) -> list[nn.Module]:
+        return common.output_layers(model, what.example)
+
+    try:
+        model = common.torch_pruning_to_macs(
+            what.model, what.example, share, lambda _: kind(p=2), ignored
+        )
+        return what.agreement(what.outputs(model), dense)
+    except Exception as error:
+        return common.one_line(error)
 
 
 def table(rows: dict[str, list[float | str]], network: str) -> str:
@@ -124,7 +152,8 @@ def _jobs(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
     for network in options.networks:
         for method in options.methods:
             for name in options.criteria:
-                yield network, name + method
+                if not (method and name.startswith("torch-pruning")):
+                    yield network, name + method
 
 
 def report(record: common.Record) -> str:
