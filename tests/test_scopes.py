@@ -183,6 +183,39 @@ def test_nothing_more_of_the_next_scope_fits() -> None:
         assert macs(first, second + 1) > 226
 
 
+def test_cheap_units_do_not_come_back_before_it_is_their_turn() -> None:
+    """A dear unit takes 16 * (3 * 25 + 2) = 1232 multiply-accumulates, a cheap one 16 * 5 = 80.
+
+    With 3 of 4 dear units and 30 of 40 cheap ones, a quarter of both is gone. The budget is one
+    below that, so the next dear unit goes. For the rest of its 1232, all 10 cheap units would fit,
+    but the dear ones have lost the larger share.
+    """
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dear, self.cheap = nn.Conv2d(3, 4, 5, padding=2), nn.Conv2d(3, 40, 1)
+            self.ends = nn.ModuleList([nn.Conv2d(4, 2, 1), nn.Conv2d(40, 2, 1)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.ends[0](self.dear(x)) + self.ends[1](self.cheap(x))
+
+    model, x = Two().eval(), torch.zeros(1, 3, 4, 4)
+    budget = (3 * 1232 + 30 * 80 - 1) / (4 * 1232 + 40 * 80)
+    options: dict[str, Any] = {"macs": budget, "criterion": "l1"}
+    found = kept(model, x, scopes={"dear": "dear", "cheap": "cheap"}, **options)
+    assert found == {"dear.weight:0": 2, "cheap.weight:0": 30}
+
+
+def test_wide_layers_lose_the_same_share_too() -> None:
+    """With many units, several are removed before costs are computed again."""
+    model = nn.Sequential(
+        nn.Linear(3, 1500), nn.ReLU(), nn.Linear(1500, 900), nn.ReLU(), nn.Linear(900, 2)
+    )
+    first, second = kept(model, INPUT, params=0.4, scopes={"first": "0"}).values()
+    assert abs(first / 1500 - second / 900) <= 1 / 900
+
+
 def test_costs_still_rank_within_a_scope() -> None:
     """Within one scope the costly layer goes first, and the other scope pays its share."""
 
