@@ -118,6 +118,8 @@ def prune(
     units: str | Mapping[str, str] = "dims",
     round_to: int = 1,
     min_channels: int = 1,
+    max_ratio: float | Mapping[str, float] = 1.0,
+    scopes: str | Mapping[str, str | Iterable[str]] | None = None,
     data: Iterable[object] | None = None,
     compensate: str | None = None,
     verify: bool | None = None,
@@ -180,6 +182,18 @@ def prune(
         Every group keeps a multiple of this many units, if it has at least as many.
     min_channels:
         Every group keeps at least this many units, if it has as many.
+    max_ratio:
+        The largest share of its units that a group may lose, in (0, 1]. A dict from globs of
+        module names to shares sets it for single groups, as with ``layers``. It holds whatever the
+        budgets ask for, also for each part of a group that is balanced by itself.
+    scopes:
+        Which units are ranked against each other under a budget of the whole network (``macs``,
+        ``params``, ``latency``, or ``channels`` with ``scope="global"``). By default these are all
+        units. With scopes, the ranks of different scopes are never compared: every scope loses the
+        same share of its units, to one removal, as far as its lower limits allow. A dict from the
+        name of a scope to a glob of module names, or a list of them, makes one scope each; the
+        last glob that matches a group counts, and groups that none matches form one more scope.
+        ``"isomorphic"`` makes a scope of the groups of isomorphic structure, sizes aside.
     data:
         Unlabelled calibration data: batches ``(inputs, ...)`` that can be read repeatedly, a
         ``DataLoader`` or a list. With it, the weights that stay are corrected for what was
@@ -213,7 +227,8 @@ def prune(
     ArgumentError
         If an argument is not valid.
     BudgetError
-        If even the smallest possible model is above the budget.
+        If even the smallest possible model is above the budget, or if ``max_ratio`` forbids what
+        ``layers`` or ``channels`` ask for.
     InputError
         If the example inputs do not fit the model.
     ModelError
@@ -227,6 +242,11 @@ def prune(
     VerificationError
         If the result was to be proved and is wrong.
 
+    Notes
+    -----
+    ``scopes="isomorphic"`` is the ranking of Fang et al., "Isomorphic Pruning for Vision Models",
+    ECCV 2024, with any criterion.
+
     Examples
     --------
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
@@ -235,7 +255,9 @@ def prune(
     (torch.Size([5, 4, 4, 4]), torch.Size([4, 3, 3, 3]))
     """
     method = read_compensation(data, compensate)
-    budget = read_budget(channels, macs, params, latency, scope, layers, round_to, min_channels)
+    budget = read_budget(
+        channels, macs, params, latency, scope, layers, round_to, min_channels, max_ratio, scopes
+    )
     setting = latency_setting(device, budget, example_inputs)
     verify = None if verify is None else check_bool("verify", verify)
     criterion = criterion if data is None else given_data(criterion, data)

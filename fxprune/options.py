@@ -20,6 +20,7 @@ from fxprune.errors import ArgumentError
 from fxprune.latency import Setting
 from fxprune.result.plan import Plan, check_groups
 from fxprune.select.budget import Budget
+from fxprune.select.scopes import ISOMORPHIC
 
 __all__ = [
     "Kept",
@@ -177,6 +178,8 @@ def read_budget(
     layers: Mapping[str, float] | None,
     round_to: int,
     min_channels: int,
+    max_ratio: float | Mapping[str, float],
+    scopes: str | Mapping[str, str | Iterable[str]] | None,
 ) -> Budget:
     """Return the budget that the arguments of :func:`fxprune.prune` describe.
 
@@ -185,7 +188,7 @@ def read_budget(
     ArgumentError
         If nothing says how much to prune, or an argument has a value that is not allowed.
     """
-    layers = _read_layers(layers)
+    layers = _read_mapping("layers", layers)
     shares = {"channels": channels, "macs": macs, "params": params, "latency": latency}
     if all(value is None for value in shares.values()) and not layers:
         raise ArgumentError(
@@ -193,23 +196,68 @@ def read_budget(
             "layers=, e.g. macs=0.5."
         )
     checked: dict[str, Any] = {name: _read_share(name, value) for name, value in shares.items()}
-    return Budget(
+    budget = Budget(
         **checked,
-        layers=_read_layer_shares(layers),
+        layers=_read_shares("layers", layers, "the share of channels that these layers keep"),
         scope=_read_scope(scope),
         round_to=check_integer("round_to", round_to),
         min_channels=check_integer("min_channels", min_channels),
+        max_ratio=_read_max_ratio(max_ratio),
+        scopes=_read_scopes(scopes),
     )
-
-
-def _read_layers(layers: Any) -> dict[Any, Any]:
-    """Return a copy of the argument ``layers``, a dict from globs to shares."""
-    if layers is not None and not isinstance(layers, Mapping):
+    if budget.scopes is not None and not budget.limits_the_whole_model:
         raise ArgumentError(
-            f"layers is {_kind_of(layers)}: give a dict from globs of module names to "
+            "scopes= says which units of the whole network are ranked against each other: give "
+            'macs=, params=, latency=, or channels= with scope="global".'
+        )
+    return budget
+
+
+def _read_mapping(option: str, value: Any) -> dict[Any, Any]:
+    """Return a copy of the argument of an option that is a dict from globs to shares."""
+    if value is not None and not isinstance(value, Mapping):
+        raise ArgumentError(
+            f"{option} is {_kind_of(value)}: give a dict from globs of module names to "
             f'shares, as {{"layer4.*": 0.3}}.'
         )
-    return dict(layers or {})
+    return dict(value or {})
+
+
+def _read_max_ratio(value: Any) -> float | dict[str, float]:
+    """Return the argument ``max_ratio``, a share or a dict from globs to shares."""
+    meaning = "the largest share of its units that a group may lose"
+    if isinstance(value, Mapping):
+        return _read_shares("max_ratio", value, meaning)
+    return check_share("max_ratio", value, meaning)
+
+
+def _read_scopes(value: Any) -> str | dict[str, tuple[str, ...]] | None:
+    """Return the argument ``scopes`` with its globs as tuples.
+
+    Raises
+    ------
+    ArgumentError
+        If it is neither ``"isomorphic"`` nor a dict from names to globs of module names.
+    """
+    if value is None or (isinstance(value, str) and value == ISOMORPHIC):
+        return value
+    if not isinstance(value, Mapping):
+        raise ArgumentError(
+            f'scopes is {short_repr(value)}: give "{ISOMORPHIC}", or a dict from names of scopes '
+            f'to globs of module names, as {{"stages": ["layer*"]}}.'
+        )
+    scopes = {}
+    for name, globs in value.items():
+        listed = [globs] if isinstance(globs, str) else globs
+        if isinstance(listed, Iterable) and not isinstance(listed, (Tensor, type, bytes)):
+            listed = tuple(iterate_user_input(listed, "scopes"))
+        if not isinstance(listed, tuple) or not all(isinstance(g, str) for g in (name, *listed)):
+            raise ArgumentError(
+                f"scopes: {short_repr(name)} has {short_repr(globs)}: give the name of a scope "
+                "with a glob of module names, or a list of globs."
+            )
+        scopes[name] = listed
+    return scopes
 
 
 def _read_share(name: str, value: Any) -> float | None:
@@ -219,17 +267,31 @@ def _read_share(name: str, value: Any) -> float | None:
     return check_share(name, value, f"the share of {_COUNTED[name]} to keep")
 
 
-def _read_layer_shares(layers: Mapping[Any, Any]) -> dict[str, float]:
-    """Return the argument ``layers`` with its globs and shares checked."""
+def _read_shares(option: str, given: Mapping[Any, Any], meaning: str) -> dict[str, float]:
+    """Return a dict from globs to shares, checked.
+
+    Parameters
+    ----------
+    option:
+        The name of the option, for messages.
+    given:
+        The argument.
+    meaning:
+        What a share means, for messages.
+
+    Raises
+    ------
+    ArgumentError
+        If a key is no string, or a value is not in (0, 1].
+    """
     shares: dict[str, float] = {}
-    for glob, value in layers.items():
+    for glob, value in given.items():
         if not isinstance(glob, str):
             raise ArgumentError(
-                f"layers: {_kind_of(glob)} is no name: its keys are globs of module names, "
+                f"{option}: {_kind_of(glob)} is no name: its keys are globs of module names, "
                 f"as {{'layer4.*': 0.3}}."
             )
-        meaning = "the share of channels that these layers keep"
-        shares[glob] = check_share(f"layers[{glob!r}]", value, meaning)
+        shares[glob] = check_share(f"{option}[{glob!r}]", value, meaning)
     return shares
 
 

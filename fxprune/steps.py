@@ -54,7 +54,7 @@ class Steps:
         keeps the step before it. Without a folder nothing is saved.
     options:
         All other keywords of :func:`fxprune.prune` (``criterion``, ``keep``, ``round_to``, ...),
-        used at each step. ``channels``, ``layers`` and ``latency`` are not allowed.
+        used at each step. ``channels``, ``layers``, ``latency`` and ``max_ratio`` are not allowed.
 
     Yields
     ------
@@ -226,10 +226,10 @@ def _check_options(options: Mapping[str, Any]) -> None:
             f"Steps got an unexpected keyword {unknown[0]!r}: beside its own it takes those of "
             "prune."
         )
-    if any(name in options for name in ("channels", "layers", "latency")):
+    if any(name in options for name in ("channels", "layers", "latency", "max_ratio")):
         raise ArgumentError(
-            "channels=, layers= and latency= count what the model at hand has: give macs= or "
-            "params= instead."
+            "channels=, layers=, latency= and max_ratio= count what the model at hand has: give "
+            "macs= or params= instead, and min_channels= as a lower limit."
         )
 
 

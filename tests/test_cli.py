@@ -545,6 +545,13 @@ def test_every_budget_is_an_option(tiny):
         ),
         (["--macs", 0.6, "--round-to", 2], {"macs": 0.6, "round_to": 2}),
         (["--macs", 0.6, "--min-channels", 5], {"macs": 0.6, "min_channels": 5}),
+        (["--macs", 0.6, "--max-ratio", 0.5], {"macs": 0.6, "max_ratio": 0.5}),
+        (
+            ["--macs", 0.6, "--max-ratio", 0.9, "--max-ratio", "2=0.25"],
+            {"macs": 0.6, "max_ratio": {"*": 0.9, "2": 0.25}},
+        ),
+        (["--macs", 0.6, "--scopes", "isomorphic"], {"macs": 0.6, "scopes": "isomorphic"}),
+        (["--macs", 0.6, "--scopes", "a=0"], {"macs": 0.6, "scopes": {"a": "0"}}),
         (["--macs", 0.8, "--keep", "0"], {"macs": 0.8, "keep": "0"}),
         (["--macs", 0.5, "--criterion", "l2"], {"macs": 0.5, "criterion": "l2"}),
     ):
@@ -605,6 +612,9 @@ def test_options_that_make_no_sense(tiny):
     for layer in ("0.5", "0=half", "=0.5"):
         fails(run("prune", *TINY_ARGS, "--layer", layer), f"--layer {layer!r} is not GLOB=SHARE")
     fails(run("prune", *TINY_ARGS, "--layer", "nothing*=0.5"), "'nothing*' matches no layer")
+    fails(run("prune", *TINY_ARGS, "--max-ratio", "half"), "is not GLOB=SHARE")
+    fails(run("prune", *TINY_ARGS, "--scopes", "a=0", "--scopes", "b"), "'b' is not NAME=GLOB")
+    fails(run("prune", *TINY_ARGS, "--macs", 0.5, "--scopes", "alike"), "scopes is 'alike'")
     fails(
         run("prune", *TINY_ARGS, "--macs", 0.5, "--criterion", "l3"),
         "No criterion is named 'l3'",

@@ -20,14 +20,18 @@ from fxprune.coupling import Coupling, Group
 from fxprune.criteria import (
     CPMC,
     CRITERIA,
+    OBDC,
     Activation,
+    ActivationVariance,
     AddedCosts,
     DividingCosts,
     Fisher,
+    HessianDiagonal,
     Random,
     Taylor,
     UnitView,
     Views,
+    Wanda,
     bn_scale,
     fpgm,
     l1,
@@ -967,7 +971,14 @@ def test_the_split_into_batches_makes_no_difference() -> None:
     model, (x, y) = classifier(), data()
     coupling = fxprune.analyze(model, x[:1])
     splits = [split(x, y, sizes=sizes) for sizes in ((7,), (1, 2, 4), (4, 3), (1,) * 7)]
-    for make in (lambda loader: Taylor(loader, F.cross_entropy), Activation):
+    for make in (
+        lambda loader: Taylor(loader, F.cross_entropy),
+        Activation,
+        ActivationVariance,
+        Wanda,
+        lambda loader: HessianDiagonal(loader, F.cross_entropy),
+        lambda loader: OBDC(loader, F.cross_entropy),
+    ):
         whole, *parts = (make(loader).scores(coupling, model) for loader in splits)
         for part in parts:
             np.testing.assert_allclose(part, whole, rtol=1e-9, atol=1e-14)
@@ -1004,6 +1015,19 @@ def test_fisher_of_single_samples_is_the_mean_square_of_the_gates_gradients() ->
     np.testing.assert_allclose(of_group(scores, coupling.groups[0]), 4 * squares / 9, rtol=1e-9)
 
 
+READERS: list[Callable[[Any], Any]] = [
+    lambda loader: Taylor(loader, F.cross_entropy),
+    lambda loader: Fisher(loader, F.cross_entropy),
+    lambda loader: HessianDiagonal(loader, F.cross_entropy),
+    lambda loader: OBDC(loader, F.cross_entropy),
+    HessianDiagonal,
+    OBDC,
+    Activation,
+    ActivationVariance,
+    Wanda,
+]
+
+
 def test_a_data_loader_and_every_kind_of_inputs() -> None:
     model, (x, y) = classifier(), data(8)
     coupling = fxprune.analyze(model, x[:1])
@@ -1014,11 +1038,7 @@ def test_a_data_loader_and_every_kind_of_inputs() -> None:
         [[[a], b] for a, b in split(x, y, sizes=(3, 3, 2))],
         [({"input": a}, b) for a, b in split(x, y, sizes=(3, 3, 2))],
     ]
-    for make in (
-        lambda loader: Taylor(loader, F.cross_entropy),
-        lambda loader: Fisher(loader, F.cross_entropy),
-        Activation,
-    ):
+    for make in READERS:
         first, *others = (make(loader).scores(coupling, model) for loader in loaders)
         for other in others:
             np.testing.assert_array_equal(other, first)
@@ -1148,11 +1168,7 @@ def test_a_model_is_unharmed() -> None:
     model, (x, y) = classifier(), data()
     coupling = fxprune.analyze(model, x[:1])
     batches = split(x, y, sizes=(3, 4))
-    criteria = (
-        Taylor(batches, F.cross_entropy),
-        Fisher(batches, F.cross_entropy),
-        Activation(batches),
-    )
+    criteria = [make(batches) for make in READERS]
     plain = [criterion.scores(coupling, model.eval()) for criterion in criteria]
     model.train()
     model[1].eval()
@@ -1170,11 +1186,11 @@ def test_a_model_is_unharmed() -> None:
     assert [
         module.training for module in coupling.traces[0].meta_copy.model.modules()
     ] == twin_modes
-    with torch.no_grad():
-        np.testing.assert_array_equal(criteria[0].scores(coupling, model), plain[0])
-    with torch.inference_mode():
-        np.testing.assert_array_equal(criteria[1].scores(coupling, model), plain[1])
-        np.testing.assert_array_equal(criteria[2].scores(coupling, model), plain[2])
+    for criterion, expected in zip(criteria, plain, strict=True):
+        with torch.no_grad():
+            np.testing.assert_array_equal(criterion.scores(coupling, model), expected)
+        with torch.inference_mode():
+            np.testing.assert_array_equal(criterion.scores(coupling, model), expected)
     assert_unharmed(model, before)
 
 
@@ -1274,24 +1290,13 @@ def test_loaders_that_are_refused(loader: tuple[Any, str]) -> None:
     model = classifier()
     coupling, before = fxprune.analyze(model, IMAGE.double()), snapshot(model)
     batches, words = loader
-    for criterion in (
-        Taylor(batches, F.cross_entropy),
-        Fisher(batches, F.cross_entropy),
-        Activation(batches),
-    ):
+    for make in READERS:
         with pytest.raises(ArgumentError, match=words):
-            rank(criterion, coupling, model)
+            rank(make(batches), coupling, model)
         assert_unharmed(model, before)
 
 
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        lambda loader: Taylor(loader, F.cross_entropy),
-        lambda loader: Fisher(loader, F.cross_entropy),
-        Activation,
-    ],
-)
+@pytest.mark.parametrize("criterion", READERS)
 def test_what_can_be_read_only_once_is_refused_at_once(criterion: Callable[[Any], Any]) -> None:
     with pytest.raises(ArgumentError, match=r"generator.*only once.*DataLoader"):
         criterion(batch for batch in [data(4)])
@@ -1310,7 +1315,7 @@ def test_what_can_be_read_only_once_is_refused_at_once(criterion: Callable[[Any]
 def test_losses_that_are_refused(loss: Callable[..., Any], words: str) -> None:
     model = classifier()
     coupling = fxprune.analyze(model, IMAGE.double())
-    for kind in (Taylor, Fisher):
+    for kind in (Taylor, Fisher, HessianDiagonal, OBDC):
         with pytest.raises(ArgumentError, match=words):
             kind([data(4)], loss).scores(coupling, model)
 
@@ -1323,8 +1328,9 @@ def test_batches_that_do_not_fit_the_graph() -> None:
     with pytest.raises(ArgumentError, match=r"forward.*wrong"):
         Activation([({**inputs, "wrong": value},)]).scores(coupling, model)
     model, inputs, coupling = analysed(BY_NAME["control_flow_on_shapes"])
-    with pytest.raises(ArgumentError, match=r"does not fit the example.*size"):
-        Activation([(torch.randn(2, 3, 8, 9, dtype=torch.float64),)]).scores(coupling, model)
+    for kind in (Activation, ActivationVariance, Wanda):
+        with pytest.raises(ArgumentError, match=r"does not fit the example.*size"):
+            kind([(torch.randn(2, 3, 8, 9, dtype=torch.float64),)]).scores(coupling, model)
 
 
 # -- several processes

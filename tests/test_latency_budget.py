@@ -317,6 +317,20 @@ def test_exchanges_keep_more_within_the_same_time(share: float) -> None:
     assert worth(exchanged) >= worth(greedy) * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("share", [0.8, 0.6, 0.45])
+def test_nothing_is_exchanged_between_scopes(share: float) -> None:
+    """The table counts MACs, so both budgets are the same, and exchanges would be a difference."""
+    torch.manual_seed(0)
+    model = randomise(Net()).eval()
+    coupling, forecast = forecast_of(model, EXAMPLE.double())
+    ranking = rank("cpmc", coupling, model)
+    names = [group.name.rpartition(".")[0] for group in coupling.groups]
+    for scopes in ("isomorphic", {name: (name,) for name in names}):
+        timed = select(coupling, ranking, Budget(latency=share, scopes=scopes), forecast)
+        counted = select(coupling, ranking, Budget(macs=share, scopes=scopes), forecast)
+        assert timed == counted
+
+
 def test_all_of_several_budgets_hold() -> None:
     torch.manual_seed(0)
     model = Net().eval()

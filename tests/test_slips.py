@@ -118,6 +118,15 @@ def scored(kind: Any) -> Callable[..., None]:
     return lambda coupling, model, **options: kind(**options).scores(coupling, model)
 
 
+@functools.cache
+def moved() -> criteria.Movement:
+    model = copy.deepcopy(made()["model"])
+    movement = criteria.Movement(model)
+    model(made()["x"]).sum().backward()
+    movement.update()
+    return movement
+
+
 def registered(rule: Any, **arguments: Any) -> None:
     known = fxprune.ops.OPS
     before = dict(known)
@@ -181,6 +190,8 @@ OPTIONS = {
     "keep": "1",
     "units": "dims",
     "round_to": 2,
+    "max_ratio": {"0": 0.8},
+    "scopes": {"all": ["0", "2"]},
 }
 
 DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
@@ -295,6 +306,18 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "Taylor": (scored(criteria.Taylor), lambda: data(loss=F.mse_loss)),
     "Fisher": (scored(criteria.Fisher), lambda: data(loss=F.mse_loss)),
     "Activation": (scored(criteria.Activation), lambda: data()),
+    "ActivationVariance": (scored(criteria.ActivationVariance), lambda: data()),
+    "Wanda": (scored(criteria.Wanda), lambda: data()),
+    "HessianDiagonal": (
+        scored(criteria.HessianDiagonal),
+        lambda: data(loss=F.mse_loss, probes=1, seed=1),
+    ),
+    "OBDC": (scored(criteria.OBDC), lambda: data(loss=None, probes=1, seed=1)),
+    "Movement": (criteria.Movement, lambda: {"model": made()["model"]}),
+    "Movement.scores": (
+        lambda **given: moved().scores(**given),
+        lambda: {"coupling": made()["coupling"], "model": made()["model"]},
+    ),
     "Views": (
         lambda **given: [each.sum(torch.abs) for each in criteria.Views(**given)],
         lambda: viewed(),

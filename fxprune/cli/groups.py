@@ -29,6 +29,7 @@ from fxprune.cli.options import (
     LatencyShare,
     Layers,
     Macs,
+    MaxRatio,
     MinChannels,
     Mode,
     Model,
@@ -40,11 +41,14 @@ from fxprune.cli.options import (
     RoundTo,
     Saved,
     Scope,
+    Scopes,
     Seconds,
     UnitKind,
     Weights,
     layer_of,
     listed,
+    max_ratio_of,
+    rank_scopes,
     sizes,
     units_of,
 )
@@ -107,6 +111,8 @@ class BudgetOptions:
     units: UnitKind = None
     round_to: RoundTo = 1
     min_channels: MinChannels = 1
+    max_ratio: MaxRatio = None
+    scopes: Scopes = None
 
     @property
     def is_given(self) -> bool:
@@ -120,7 +126,7 @@ class BudgetOptions:
         Raises
         ------
         ArgumentError
-            If a value of ``--layer`` is malformed.
+            If a value of ``--layer``, ``--max-ratio`` or ``--scopes`` is malformed.
         """
         return {
             "channels": self.channels,
@@ -132,6 +138,8 @@ class BudgetOptions:
             "units": units_of(self.units),
             "round_to": self.round_to,
             "min_channels": self.min_channels,
+            "max_ratio": max_ratio_of(self.max_ratio),
+            "scopes": rank_scopes(self.scopes),
         }
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "LatencyShare",
     "Layers",
     "Macs",
+    "MaxRatio",
     "MinChannels",
     "Mode",
     "Model",
@@ -38,6 +39,7 @@ __all__ = [
     "Rounds",
     "Saved",
     "Scope",
+    "Scopes",
     "Seconds",
     "UnitKind",
     "Verify",
@@ -45,6 +47,8 @@ __all__ = [
     "criterion_of",
     "layer_of",
     "listed",
+    "max_ratio_of",
+    "rank_scopes",
     "several_criteria",
     "sizes",
     "units_of",
@@ -205,6 +209,25 @@ Criterion = Annotated[
 ]
 RoundTo = Annotated[int, typer.Option(metavar="N", help="Keep a multiple of N units per group.")]
 MinChannels = Annotated[int, typer.Option(metavar="N", help="Keep at least N units per group.")]
+MaxRatio = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Largest share of its units that a group may lose; GLOB=SHARE for single modules, "
+        "may be repeated.",
+        show_default=False,
+    ),
+]
+Scopes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--scopes",
+        metavar="NAME=GLOB",
+        help="Rank units only against units of the same scope: isomorphic, or NAME=GLOB, which "
+        "may be repeated.",
+        show_default=False,
+    ),
+]
 Precisions = Annotated[
     str,
     typer.Option(
@@ -222,8 +245,8 @@ Rounds = Annotated[int, typer.Option(metavar="N", help="How many turns each mode
 Seconds = Annotated[float, typer.Option(metavar="S", help="About how long each turn lasts.")]
 
 
-def layer_of(text: str) -> tuple[str, float]:
-    """Split a value of ``--layer`` into its glob and its share."""
+def layer_of(text: str, option: str = "--layer") -> tuple[str, float]:
+    """Split a value of ``--layer``, or of a similar option, into its glob and its share."""
     glob, _, share = text.rpartition("=")
     try:
         if glob:
@@ -231,8 +254,44 @@ def layer_of(text: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise ArgumentError(
-        f"--layer {text!r} is not GLOB=SHARE: write for instance --layer 'layer4.*=0.3'."
+        f"{option} {text!r} is not GLOB=SHARE: write for instance {option} 'layer4.*=0.3'."
     )
+
+
+def max_ratio_of(texts: list[str] | None) -> float | dict[str, float]:
+    """Return the values of ``--max-ratio`` as a share, or as a dict from globs to shares.
+
+    Beside globs, a share without a glob applies to all modules.
+
+    >>> max_ratio_of(None), max_ratio_of(["0.8"]), max_ratio_of(["0.8", "layer1.*=0.5"])
+    (1.0, 0.8, {'*': 0.8, 'layer1.*': 0.5})
+    """
+    pairs = []
+    for text in texts or ():
+        pairs.append(layer_of(text if "=" in text else f"*={text}", "--max-ratio"))
+    if not any("=" in text for text in texts or ()):
+        return pairs[-1][1] if pairs else 1.0
+    return dict(pairs)
+
+
+def rank_scopes(texts: list[str] | None) -> str | dict[str, list[str]] | None:
+    """Return the values of ``--scopes`` as the keyword of the same name.
+
+    >>> rank_scopes(None), rank_scopes(["isomorphic"]), rank_scopes(["a=0", "b=2.*", "a=4"])
+    (None, 'isomorphic', {'a': ['0', '4'], 'b': ['2.*']})
+    """
+    if not texts:
+        return None
+    if len(texts) == 1 and "=" not in texts[0]:
+        return texts[0]
+    scopes: dict[str, list[str]] = {}
+    for name, is_pair, glob in (text.partition("=") for text in texts):
+        if not is_pair:
+            raise ArgumentError(
+                f"--scopes {name!r} is not NAME=GLOB: write for instance --scopes 'late=layer4.*'."
+            )
+        scopes.setdefault(name, []).append(glob)
+    return scopes
 
 
 def units_of(texts: list[str] | None) -> dict[str, str]:

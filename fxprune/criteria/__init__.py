@@ -18,8 +18,20 @@ fpgm      :func:`fpgm`
 random    :class:`Random`
 ========= ==========================================
 
-:class:`Taylor`, :class:`Fisher` and :class:`Activation` have no name because they need a loader of
-data.
+These have no name, because they need a loader of data, or a training loop:
+
+=========================== ==========================================================
+:class:`Taylor`             first-order change of the loss
+:class:`Fisher`             Fisher information of a mask on a unit
+:class:`HessianDiagonal`    second-order change of the loss, element by element (OBD)
+:class:`OBDC`               second-order change of the loss, unit by unit
+:class:`Activation`         mean of a unit's activations
+:class:`ActivationVariance` variance of a unit's activations (VBP)
+:class:`Wanda`              weights times the norms of what they multiply
+:class:`Movement`           movement of the weights during training
+=========================== ==========================================================
+
+:class:`HessianDiagonal` and :class:`OBDC` need no labels if they get no loss.
 """
 
 from __future__ import annotations
@@ -42,26 +54,35 @@ from fxprune.criteria.costs import AddedCosts, CostTerms, DividingCosts
 from fxprune.criteria.cpmc import CPMC
 from fxprune.criteria.data import Activation, Fisher, Taylor
 from fxprune.criteria.flow_cpmc import FlowCPMC
+from fxprune.criteria.hessian import OBDC, HessianDiagonal
+from fxprune.criteria.movement import Movement
+from fxprune.criteria.variance import ActivationVariance
 from fxprune.criteria.views import UnitView, Views
+from fxprune.criteria.wanda import Wanda
 from fxprune.criteria.weights import bn_scale, fpgm, l1, l2, lamp
 from fxprune.errors import ArgumentError, FxpruneError, ModelError
 
 __all__ = [
     "CPMC",
     "CRITERIA",
+    "OBDC",
     "Activation",
+    "ActivationVariance",
     "AddedCosts",
     "CostTerms",
     "Criterion",
     "DividingCosts",
     "Fisher",
     "FlowCPMC",
+    "HessianDiagonal",
+    "Movement",
     "Random",
     "Ranking",
     "Scorer",
     "Taylor",
     "UnitView",
     "Views",
+    "Wanda",
     "bn_scale",
     "fpgm",
     "given_data",
@@ -145,7 +166,7 @@ CRITERIA: Mapping[str, Criterion] = {
 # The scores of these criteria are not comparable between groups. `rank` divides them by the mean
 # of their group, as torch-pruning does.
 _PER_GROUP = (l1, l2, fpgm)
-_PER_GROUP_KINDS = (Taylor, Fisher, Activation)
+_PER_GROUP_KINDS = (Taylor, Fisher, Activation, Wanda)
 
 
 @public
@@ -184,7 +205,8 @@ def rank(criterion: Criterion, coupling: Coupling, model: nn.Module) -> Ranking:
     """Score all units of a model.
 
     Scores that are not comparable between groups (:func:`l1`, :func:`l2`, :func:`fpgm`,
-    :class:`Taylor`, :class:`Fisher`, :class:`Activation`) are divided by the mean of their group.
+    :class:`Taylor`, :class:`Fisher`, :class:`Activation`, :class:`Wanda`) are divided by the mean
+    of their group.
 
     Parameters
     ----------

@@ -227,6 +227,8 @@ def weight_form(coupling: Coupling, ran: Contraction) -> WeightForm | None:
     ran:
         The contraction in the labelled run.
     """
+    if not isinstance(ran.out, Tensor):  # a recurrent layer, whose weights are not its operands
+        return None
     given = bind(ran.func, ran.args, ran.kwargs)
     wide = [name for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 1]
     # addends come first in operations such as addmm, so that the operands are the last two

@@ -9,83 +9,31 @@ over all processes. The scores then equal those of one process that reads everyt
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from fxprune.calibration import (
-    Loader,
-    batches_of,
-    call_model,
-    check_finite,
-    check_read,
-    check_repeatable,
-)
+from fxprune.calibration import batches_of, check_read
 from fxprune.common.arrays import Floats
-from fxprune.common.hooks import in_mode
-from fxprune.common.public import calling_user_code, public
+from fxprune.common.public import public
 from fxprune.coupling import Coupling, check_coupling
-from fxprune.criteria.meter import Meter, RunningSum, unchanged, watch_batch, watching
-from fxprune.criteria.views import Views, at_least_float32
-from fxprune.errors import ArgumentError
-from fxprune.inputs import Call
+from fxprune.criteria.meter import Meter, RunningSum, watch_batch, watching
+from fxprune.criteria.readers import (
+    LossReader,
+    Reader,
+    each_gradient,
+    mean_over_samples,
+    summed_over_processes,
+    unit_products,
+)
 
-__all__ = ["Activation", "Fisher", "Loss", "Taylor"]
-
-
-if torch.distributed.is_available():
-    # The default arguments of this module's functions hold the process group that exists when it
-    # is imported, and never release it. PyTorch imports the module when it traces for the first
-    # time. If a process group existed by then, it would outlive destroy_process_group, its threads
-    # would outlive the interpreter, and some processes would abort at exit. So import it here,
-    # before there is any group.
-    import torch.distributed.nn
-
-
-Loss = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """A criterion with a loader that can be read repeatedly.
-
-    Scores are computed again whenever a model is analysed again, and at every pruning step.
-    """
-
-    loader: Loader
-
-    def __post_init__(self) -> None:
-        check_repeatable(self.loader)
-
-
-@dataclass(frozen=True)
-class _LossReader(_Reader):
-    """A criterion with a loader and a loss."""
-
-    loss: Loss
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.loss, type) or not callable(self.loss):
-            what = (
-                f"the class {self.loss.__name__}"
-                if isinstance(self.loss, type)
-                else f"a {type(self.loss).__name__}"
-            )
-            raise ArgumentError(
-                f"the loss is {what}: give a function loss(output, *targets), as "
-                "torch.nn.functional.cross_entropy."
-            )
+__all__ = ["Activation", "Fisher", "Taylor"]
 
 
 @public
 @dataclass(frozen=True)
-class Taylor(_LossReader):
+class Taylor(LossReader):
     r"""First-order change of the loss when a unit is removed.
 
     .. math:: \left| \sum w \cdot \partial L / \partial w \right|
@@ -117,7 +65,7 @@ class Taylor(_LossReader):
 
     Examples
     --------
-    >>> import fxprune
+    >>> import fxprune, torch
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False))
     >>> weights = torch.tensor([[1.], [2.]]), torch.tensor([[1., 3.]])
     >>> net.load_state_dict({"0.weight": weights[0], "1.weight": weights[1]})
@@ -154,13 +102,13 @@ class Taylor(_LossReader):
             summed.add(gradients, size)
             samples += size
 
-        _each_gradient(model, self.loader, coupling.example, self.loss, visit)
-        return np.abs(_mean(_products(coupling, model, summed.tensors), samples))
+        each_gradient(model, self.loader, coupling.example, self.loss, visit)
+        return np.abs(mean_over_samples(unit_products(coupling, model, summed.tensors), samples))
 
 
 @public
 @dataclass(frozen=True)
-class Fisher(_LossReader):
+class Fisher(LossReader):
     r"""Diagonal Fisher information of a mask on each unit.
 
     .. math:: \frac{1}{N} \sum_b \left( n_b \sum w \cdot \partial L_b / \partial w \right)^2
@@ -187,7 +135,7 @@ class Fisher(_LossReader):
 
     Examples
     --------
-    >>> import fxprune
+    >>> import fxprune, torch
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False))
     >>> weights = torch.tensor([[1.], [2.]]), torch.tensor([[1., 3.]])
     >>> net.load_state_dict({"0.weight": weights[0], "1.weight": weights[1]})
@@ -221,16 +169,16 @@ class Fisher(_LossReader):
         def visit(gradients: dict[str, Tensor], size: int) -> None:
             """Add the squared products of one batch to the total."""
             nonlocal total, samples
-            total += (size * _products(coupling, model, gradients)) ** 2
+            total += (size * unit_products(coupling, model, gradients)) ** 2
             samples += size
 
-        _each_gradient(model, self.loader, coupling.example, self.loss, visit)
-        return _mean(total, samples)
+        each_gradient(model, self.loader, coupling.example, self.loss, visit)
+        return mean_over_samples(total, samples)
 
 
 @public
 @dataclass(frozen=True)
-class Activation(_Reader):
+class Activation(Reader):
     """Mean :math:`|a|` of each unit's activations where a next layer reads them.
 
     The mean goes over samples and positions. A layer reads a unit if it is a contraction
@@ -257,7 +205,7 @@ class Activation(_Reader):
 
     Examples
     --------
-    >>> import fxprune
+    >>> import fxprune, torch
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
     >>> net[0].load_state_dict({"weight": torch.tensor([[1.], [-4.]])})
     <All keys matched successfully>
@@ -287,109 +235,6 @@ class Activation(_Reader):
             for batch in batches_of(self.loader, model, coupling.example):
                 watch_batch(meter, coupling, filled, batch)
         units = coupling.context.units.count
-        sums = _summed_over_processes(np.concatenate([meter.total, meter.times, [meter.samples]]))
+        sums = summed_over_processes(np.concatenate([meter.total, meter.times, [meter.samples]]))
         check_read(sums[-1])
         return sums[:units] / np.maximum(sums[units:-1], 1)
-
-
-def _products(coupling: Coupling, model: nn.Module, gradients: Mapping[str, Tensor]) -> Floats:
-    """Return the sum of weight times gradient over each unit's elements, shape (labels,).
-
-    This is the derivative of the loss with respect to a mask on all of the unit's elements.
-    """
-    weights = dict(model.named_parameters())
-    products = {name: weights[name].detach() * gradient for name, gradient in gradients.items()}
-    return Views(coupling, products).totals(unchanged)
-
-
-def _each_gradient(
-    model: nn.Module,
-    loader: Loader,
-    example: Call,
-    loss: Loss,
-    visit: Callable[[dict[str, Tensor], int], None],
-) -> None:
-    """Call ``visit(gradients, samples)`` for each batch.
-
-    ``gradients`` maps the name of each parameter to its gradient, in float32 or float64;
-    ``samples`` is the number of samples in the batch.
-    """
-    with in_mode(model, False), torch.inference_mode(False), torch.enable_grad():
-        weights = {}
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
-                weights[name] = parameter.detach().clone().requires_grad_()
-        buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        run = functools.partial(torch.func.functional_call, model, {**weights, **buffers})
-        for batch in batches_of(loader, model, example):
-            output = call_model(run, batch, packed=True)
-            with calling_user_code(
-                f"the loss, given the model's output and {len(batch.targets)} targets,"
-            ):
-                value = loss(output, *batch.targets)
-            _check_loss(value)
-            visit(_gradients_of_loss(value, weights), batch.size)
-
-
-def _check_loss(value: Any) -> None:
-    """Refuse a loss that is not one finite number with a gradient.
-
-    Raises
-    ------
-    ArgumentError
-        If it is something else.
-    """
-    if (
-        not isinstance(value, Tensor)
-        or value.numel() != 1
-        or not value.requires_grad
-        or value.is_complex()
-    ):
-        if isinstance(value, Tensor):
-            given = f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
-        else:
-            given = f"a {type(value).__name__}"
-        raise ArgumentError(
-            f"the loss gave {given}: it must give the mean loss over the batch, one number that "
-            "depends on the output through differentiable operations."
-        )
-    check_finite([value], "the loss of a batch")
-
-
-def _gradients_of_loss(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradient by each weight that the loss depends on, in float32 at least.
-
-    Raises
-    ------
-    ArgumentError
-        If the loss depends on no weight.
-    """
-    with calling_user_code("the gradient of the loss"):
-        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    found = {}
-    for name, gradient in zip(weights, gradients, strict=True):
-        if gradient is not None:
-            found[name] = at_least_float32(gradient)
-    if not found:
-        raise ArgumentError(
-            "the loss depends on no parameter of the model: compute it from the output that it "
-            "is given."
-        )
-    return found
-
-
-def _mean(total: Floats, samples: int) -> Floats:
-    """Return the sums over all processes, divided by the number of samples."""
-    sums = _summed_over_processes(np.append(total, samples))
-    check_read(sums[-1])
-    return sums[:-1] / sums[-1]
-
-
-def _summed_over_processes(values: Floats) -> Floats:
-    """Return the sum over all processes of the process group, or ``values`` if there is none."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    tensor = torch.from_numpy(values.copy()).to(device)
-    torch.distributed.all_reduce(tensor)
-    return tensor.cpu().numpy()

@@ -87,8 +87,8 @@ class _Outcome:
             return "nothing in this model can be pruned"
         if self.kept == self.units:
             return (
-                f"none of the {self.units} units went, each group being left what min_channels= "
-                "and round_to= ask for"
+                f"none of the {self.units} units went, each group being left what min_channels=, "
+                "max_ratio= and round_to= ask for"
             )
         return f"{self.params_left:.0%} of the parameters are left"
 

@@ -34,6 +34,11 @@ class Budget:
         budget shrinks keeps all.
     min_channels:
         Groups keep at least this many units, or all if they have fewer.
+    max_ratio:
+        The largest share of its units that a group may lose; or glob -> share, for groups in which
+        a matching module has filters of its own. The last glob that matches counts.
+    scopes:
+        Whose units are ranked against each other: ``"isomorphic"`` or name -> globs. None: all.
 
     Examples
     --------
@@ -50,6 +55,16 @@ class Budget:
     layers: Mapping[str, float] = field(default_factory=dict)
     round_to: int = 1
     min_channels: int = 1
+    max_ratio: float | Mapping[str, float] = 1.0
+    scopes: str | Mapping[str, tuple[str, ...]] | None = None
+
+    @property
+    def limits_the_whole_model(self) -> bool:
+        """Whether a budget limits all groups together."""
+        limits = [self.macs, self.params, self.latency]
+        if self.scope == "global":
+            limits.append(self.channels)
+        return any(share is not None for share in limits)
 
 
 def keep_count(size: int, share: float, round_to: int, min_channels: int) -> int:

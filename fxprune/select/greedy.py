@@ -5,6 +5,11 @@ ranks lowest loses it. Costs are recomputed as widths shrink, until every budget
 
 The last removals may have saved more than was asked for. So what still fits is given back, the
 most important units first. Afterwards no pool can be wider within the budgets.
+
+If there are several scopes, the scope that has lost the smallest share of its units loses the next
+one, and the scope that has lost the largest share gets the next one back. So at any time the
+shares differ by one removal at most, as far as starting widths and lower limits allow. Ranks count
+within a scope only. A unit that fits stays lost if its scope is not next.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fxprune.common.arrays import Floats
 from fxprune.select.widths import Widths
 
 __all__ = ["descend", "give_back"]
@@ -47,7 +53,9 @@ def descend(widths: Widths) -> None:
 
 
 def _remove_batch(widths: Widths, count: int) -> list[tuple[int, int]]:
-    """Remove the ``count`` units of the lowest ranks, at the current costs.
+    """Remove the ``count`` units that go next, at the current costs.
+
+    The next unit is the one of the lowest rank in the scope that has lost the smallest share.
 
     Returns
     -------
@@ -55,17 +63,32 @@ def _remove_batch(widths: Widths, count: int) -> list[tuple[int, int]]:
         Each pool that lost units and its new width, in the order of removal.
     """
     offset = widths.offsets()
-    shrinkable = [p for p, floor in enumerate(widths.floor) if widths.now[p] > floor]
-    heap = [(widths.rank_of_next(pool, offset), pool) for pool in shrinkable]
-    heapq.heapify(heap)
+    queues = _queues(widths, offset)
+    lost, totals = widths.lost_units(), widths.totals
+    turns = [(lost[scope] / totals[scope], scope) for scope in queues]
+    heapq.heapify(turns)
     removals: list[tuple[int, int]] = []
-    while heap and len(removals) < count:
-        _, pool = heapq.heappop(heap)
-        widths.now[pool] = widths.next_width(pool)
+    while turns and len(removals) < count:
+        _, scope = heapq.heappop(turns)
+        _, pool = heapq.heappop(queues[scope])
+        before, widths.now[pool] = widths.now[pool], widths.next_width(pool)
         removals.append((pool, widths.now[pool]))
+        lost[scope] += (before - widths.now[pool]) * int(widths.blocks[pool])
         if widths.now[pool] > widths.floor[pool]:
-            heapq.heappush(heap, (widths.rank_of_next(pool, offset), pool))
+            heapq.heappush(queues[scope], (widths.rank_of_next(pool, offset), pool))
+        if queues[scope]:
+            heapq.heappush(turns, (lost[scope] / totals[scope], scope))
     return removals
+
+
+def _queues(widths: Widths, offset: Floats) -> dict[int, list[tuple[float, int]]]:
+    """Return for each scope a heap of the pools that can shrink, the lowest rank first."""
+    queues: dict[int, list[tuple[float, int]]] = {}
+    for pool, floor in enumerate(widths.floor):
+        if widths.now[pool] > floor:
+            rank = widths.rank_of_next(pool, offset)
+            heapq.heappush(queues.setdefault(widths.scope[pool], []), (rank, pool))
+    return queues
 
 
 def _repeat_until_within_limits(
@@ -92,8 +115,8 @@ def _repeat_until_within_limits(
 def give_back(widths: Widths) -> None:
     """Give units back to the pools while the budgets hold, the most important ones first.
 
-    Afterwards no pool could be wider by its step within the budgets. The widths are changed in
-    place.
+    Afterwards no pool of the scope that has lost the largest share could be wider by its step
+    within the budgets. The widths are changed in place.
     """
     while True:
         offset = widths.offsets()
@@ -116,11 +139,18 @@ def _grows(widths: Widths, pool: int) -> bool:
 
 
 def _pools_that_may_grow(widths: Widths) -> list[int]:
-    """Return the pools each of which alone could grow within the budgets."""
+    """Return the pools each of which alone could grow within the budgets.
+
+    Of several scopes, those that have lost the largest share are next; the others wait.
+    """
     growth = [widths.growth(pool) for pool in range(len(widths.pools))]
+    lost = widths.lost_units()
+    shares = [lost[scope] / max(widths.totals[scope], 1) for scope in widths.scope]
+    grow = [pool for pool, more in enumerate(growth) if more > 0]
+    largest = max((shares[pool] for pool in grow), default=0.0)
     counts = widths.counts()
     grown = widths.counts([w + more for w, more in zip(widths.now, growth, strict=True)])
-    fits = np.array(growth, dtype=np.int64) > 0
+    fits = (np.array(growth, dtype=np.int64) > 0) & (np.array(shares) >= largest)
     for _, cost, limit in widths.limits:
         fits &= cost.at(counts) - cost.saved(counts, counts - grown) <= limit
     return [int(pool) for pool in np.flatnonzero(fits)]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +11,17 @@ from torch import Tensor
 
 from fxprune.common.arrays import Floats
 from fxprune.common.contents import tensors_of
-from fxprune.coupling import Coupling, Group
+from fxprune.coupling import Coupling
 from fxprune.criteria import Ranking
-from fxprune.errors import ArgumentError
 from fxprune.labels import Array
 from fxprune.select.budget import Budget, keep_count
 from fxprune.select.costs import TimeCost
 from fxprune.select.exchange import exchange
 from fxprune.select.greedy import descend, give_back
 from fxprune.select.kinds import Pool, labels_along_dims, pools_of
+from fxprune.select.matching import value_of_groups
+from fxprune.select.ratios import check_ratios, least_by_ratio, ratios_of
+from fxprune.select.scopes import scopes_of
 from fxprune.select.widths import Widths, ordered_labels, step_of
 
 __all__ = ["select"]
@@ -52,21 +53,29 @@ def select(
     ------
     BudgetError
         If even the smallest model that the analysis allows is above a budget; the message names
-        the smallest share that can be reached.
+        the smallest share that can be reached. Also if ``max_ratio`` forbids what ``layers`` or
+        ``channels`` ask for.
     ArgumentError
-        If a glob of ``layers`` matches no group.
+        If a glob of ``layers``, ``max_ratio`` or ``scopes`` matches no group.
     """
     pools = pools_of(coupling)
     order = [_ascending(pool, ranking.value) for pool in pools]
     order, for_tensors = _spare_tensors(coupling, pools, order)
     for_statistics = _least_for_statistics(coupling, pools)
     wanted = [math.ceil(budget.min_channels / pool.blocks) for pool in pools]
-    least = [max(needed) for needed in zip(wanted, for_tensors, for_statistics, strict=True)]
-    widths, fixed = _starting_widths(coupling, pools, budget, least)
-    if _limits_the_whole_model(budget):
-        state = Widths(coupling, pools, order, ranking, budget, widths, fixed, least, timed)
+    ratios = ratios_of(coupling, budget)
+    by_ratio = least_by_ratio(pools, ratios)
+    limits = wanted, for_tensors, for_statistics, by_ratio
+    least = [max(needed) for needed in zip(*limits, strict=True)]
+    widths, fixed = _starting_widths(coupling, pools, budget, least, ratios)
+    if budget.limits_the_whole_model:
+        scopes = scopes_of(coupling, budget.scopes)
+        state = Widths(
+            coupling, pools, order, ranking, budget, widths, fixed, least, timed, scopes
+        )
         descend(state)
-        if budget.latency is not None:
+        # an exchange compares the worth of units, which scopes say cannot be compared
+        if budget.latency is not None and budget.scopes is None:
             exchange(state)
         give_back(state)
         widths = state.now
@@ -75,14 +84,6 @@ def select(
         survivors = np.take_along_axis(pool.units, ascending, axis=1)[:, pool.width - width :]
         kept[coupling.groups[pool.group].name] += survivors.ravel().tolist()
     return {name: tuple(sorted(units)) for name, units in kept.items()}
-
-
-def _limits_the_whole_model(budget: Budget) -> bool:
-    """Tell whether a budget limits all groups together."""
-    limits = [budget.macs, budget.params, budget.latency]
-    if budget.scope == "global":
-        limits.append(budget.channels)
-    return any(share is not None for share in limits)
 
 
 def _ascending(pool: Pool, value: Floats) -> npt.NDArray[np.int64]:
@@ -188,50 +189,21 @@ def _all_tensors(coupling: Coupling) -> list[Tensor]:
 
 
 def _starting_widths(
-    coupling: Coupling, pools: Sequence[Pool], budget: Budget, least: Sequence[int]
+    coupling: Coupling,
+    pools: Sequence[Pool],
+    budget: Budget,
+    least: Sequence[int],
+    ratios: Sequence[float],
 ) -> tuple[list[int], list[bool]]:
     """Return the width of each pool to start from, and whether a layer's own share fixes it."""
-    shares = _layer_shares(coupling, budget.layers)
+    shares = value_of_groups(coupling, "layers", budget.layers.items())
     per_group = 1.0
     if budget.channels is not None and budget.scope == "group":
         per_group = budget.channels
+    check_ratios(coupling, shares, per_group, ratios)
     widths, fixed = [], []
     for pool, at_least in zip(pools, least, strict=True):
         fixed.append(pool.group in shares)
         share = shares.get(pool.group, per_group)
         widths.append(keep_count(pool.width, share, step_of(pool, budget), at_least))
     return widths, fixed
-
-
-def _layer_shares(coupling: Coupling, layers: Mapping[str, float]) -> dict[int, float]:
-    """Return the share of each group that a glob of ``layers`` matches.
-
-    Raises
-    ------
-    ArgumentError
-        If a glob matches no group.
-    """
-    shares: dict[int, float] = {}
-    owners = [_owners(coupling, group) for group in coupling.groups] if layers else []
-    for glob, share in layers.items():
-        found = []
-        for group, names in enumerate(owners):
-            if any(fnmatch.fnmatchcase(name, glob) for name in names):
-                found.append(group)
-        if not found:
-            some = ", ".join(dict.fromkeys(name for names in owners[:4] for name in names))
-            raise ArgumentError(
-                f"layers: {glob!r} matches no layer whose channels can be pruned. There are: "
-                f"{some}, ..."
-            )
-        shares.update(dict.fromkeys(found, share))
-    return shares
-
-
-def _owners(coupling: Coupling, group: Group) -> list[str]:
-    """Return the names of the parameters and modules whose own filters are units of a group."""
-    parameters = []
-    for axis in group.axes:
-        if coupling.role(axis.parameter, axis.dim) == "own":
-            parameters.append(axis.parameter)
-    return [*parameters, *(name.rpartition(".")[0] for name in parameters)]

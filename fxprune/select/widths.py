@@ -77,11 +77,17 @@ class Widths:
         For each pool, how many units every block has to keep.
     timed:
         The cost that a latency budget limits; None if there is no such budget.
+    scopes:
+        The number of each group's scope; by default there is a single scope.
 
     Attributes
     ----------
     now, most:
         The current width of each pool, and the largest that it may have.
+    scope:
+        The number of each pool's scope. All scopes lose the same share of their units.
+    totals:
+        The number of units of each scope; units of fixed pools do not count.
     blocks, steps, floor:
         For each pool: the number of its blocks, by how many units each of them shrinks at a time,
         and the smallest width.
@@ -110,12 +116,15 @@ class Widths:
         fixed: Sequence[bool],
         least: Sequence[int],
         timed: TimeCost | None = None,
+        scopes: Sequence[int] | None = None,
     ) -> None:
         self.pools, self.budget, self.ranking = pools, budget, ranking
         self.now, self.most, self.fixed = list(widths), list(widths), fixed
         self.blocks = np.array([pool.blocks for pool in pools], dtype=np.int64)
         self.steps = _shrinking_steps(pools, budget, timed)
         self.floor = self._floors(least)
+        self.scope = [0 if scopes is None else scopes[pool.group] for pool in pools]
+        self.totals = self._units_by_scope([pool.width for pool in pools])
         kinds = kinds_of(coupling, pools)
         self.macs, self.params = macs_of(coupling, kinds), params_of(coupling, kinds)
         self.computation: WidthCost = self.macs if timed is None else timed
@@ -133,6 +142,19 @@ class Widths:
             width = self.now[number]
             floors.append(width if self.fixed[number] else min(floor, width))
         return floors
+
+    def _units_by_scope(self, widths: Sequence[int]) -> dict[int, int]:
+        """Return how many units each scope has at these widths, those of fixed pools aside."""
+        units = dict.fromkeys(self.scope, 0)
+        for pool, scope in enumerate(self.scope):
+            if not self.fixed[pool]:
+                units[scope] += int(self.blocks[pool]) * widths[pool]
+        return units
+
+    def lost_units(self) -> dict[int, int]:
+        """Return how many units each scope has lost."""
+        left = self._units_by_scope(self.now)
+        return {scope: total - left[scope] for scope, total in self.totals.items()}
 
     def _limits(self, kinds: Kinds) -> list[tuple[str, WidthCost, int]]:
         """Return the name, the cost and the limit of each budget.
@@ -178,7 +200,8 @@ class Widths:
                     "that the analysis and the other arguments allow has "
                     f"{name}={_rounded_up(least / full)} ({least:,} of {full:,}). Raise the "
                     "budget, or see what is pinned with print(fxprune.analyze(model, "
-                    "example_inputs)), and what keep=, min_channels= and round_to= hold back."
+                    "example_inputs)), and what keep=, min_channels=, max_ratio= and round_to= "
+                    "hold back."
                 )
 
     def counts(self, widths: Sequence[int] | None = None) -> npt.NDArray[np.int64]:

@@ -195,13 +195,27 @@ def test_criterion(criterion: str) -> None:
     prunes_alike(network(), IMAGE, macs=0.5, criterion=criterion)
 
 
-@pytest.mark.parametrize("kind", [criteria.Taylor, criteria.Fisher, criteria.Activation])
+OF_LOSS = [criteria.Taylor, criteria.Fisher, criteria.HessianDiagonal, criteria.OBDC]
+OF_ACTIVATIONS = [criteria.Activation, criteria.ActivationVariance, criteria.Wanda]
+
+
+@pytest.mark.parametrize("kind", [*OF_LOSS, *OF_ACTIVATIONS])
 def test_criterion_with_data(kind: type) -> None:
-    loss = () if kind is criteria.Activation else (F.cross_entropy,)
+    loss = (F.cross_entropy,) if kind in OF_LOSS else ()
     plans = [
         fxprune.prune(model, x, macs=0.5, criterion=kind(BATCHES, *loss)).plan.groups
         for model, x in ((network(), IMAGE), (moved(network()), moved(IMAGE)))
     ]
+    assert plans[0] == plans[1]
+
+
+def test_criterion_of_training() -> None:
+    plans = []
+    for model, x in ((network(), IMAGE), (moved(network()), moved(IMAGE))):
+        movement = criteria.Movement(model)
+        model(x).square().mean().backward()
+        movement.update()
+        plans.append(fxprune.prune(model, x, macs=0.5, criterion=movement).plan.groups)
     assert plans[0] == plans[1]
 
 

@@ -14,11 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.criteria import Activation, Fisher, Taylor
+from fxprune.criteria import (
+    OBDC,
+    Activation,
+    ActivationVariance,
+    Fisher,
+    HessianDiagonal,
+    Taylor,
+    Wanda,
+)
 from fxprune.errors import ArgumentError
 
 Batch = tuple[Tensor, Tensor]
-KINDS = ("taylor", "fisher", "activation")
+KINDS = ("taylor", "fisher", "hessian", "obdc", "activation", "variance", "wanda")
 
 
 def network() -> nn.Module:
@@ -53,7 +61,8 @@ def scores(own: list[Batch]) -> dict[str, np.ndarray]:
     """Return this process's scores from its batches, for each criterion that reads data."""
     model = network()
     coupling = fxprune.analyze(model, torch.zeros(2, 3, 6, 6, dtype=torch.float64))
-    criteria = Taylor(own, F.cross_entropy), Fisher(own, F.cross_entropy), Activation(own)
+    of_loss = (kind(own, F.cross_entropy) for kind in (Taylor, Fisher, HessianDiagonal, OBDC))
+    criteria = *of_loss, Activation(own), ActivationVariance(own), Wanda(own)
     return {
         kind: criterion.scores(coupling, model)
         for kind, criterion in zip(KINDS, criteria, strict=True)
