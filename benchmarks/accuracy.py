@@ -362,9 +362,7 @@ def with_fxprune(
     return pruned.model
 
 
-def with_torch_pruning(
-    dense: nn.Module, data: _data.Data, name: str, kept: float
-) -> nn.Module:
+def with_torch_pruning(dense: nn.Module, data: _data.Data, name: str, kept: float) -> nn.Module:
     """Prune to at most ``kept`` of the MACs with an importance of torch-pruning."""
     import torch_pruning
 

@@ -113,7 +113,7 @@ def prune(
     device: torch.device | str | Setting | None = None,
     scope: str = "group",
     layers: Mapping[str, float] | None = None,
-    criterion: Criterion = "cpmc",
+    criterion: Criterion = "cpmc_flow",
     keep: Kept = (),
     units: str | Mapping[str, str] = "dims",
     round_to: int = 1,
@@ -166,10 +166,11 @@ def prune(
         globs of module names to shares: ``{"layer4.*": 0.3}``. Coupled layers keep the same share.
         If several globs match a layer, the last one counts.
     criterion:
-        How important a unit is: a name (``"cpmc"``, ``"l1"``, ``"l2"``, ``"bn_scale"``,
-        ``"lamp"``, ``"fpgm"``, ``"random"``), an object of :mod:`fxprune.criteria` (some of them,
-        such as :class:`~fxprune.criteria.Taylor`, read data), or a function that takes a
-        :class:`~fxprune.criteria.UnitView` and returns one score per unit.
+        How important a unit is: a name (``"cpmc_flow"``, ``"cpmc"``, ``"l1"``, ``"l2"``,
+        ``"bn_scale"``, ``"lamp"``, ``"fpgm"``, ``"random"``), an object of
+        :mod:`fxprune.criteria` (some of them, such as :class:`~fxprune.criteria.Taylor`, read
+        data), or a function that takes a :class:`~fxprune.criteria.UnitView` and returns one score
+        per unit. The default, :class:`~fxprune.criteria.FlowCPMC`, runs the model on noise.
     keep:
         The modules that must not be pruned: a module name, a glob, a module object, or a list of
         these. Their parameters keep their shapes.

@@ -155,4 +155,7 @@ def _with_sizes(tensor: Tensor, new: dict[int, int], first: int) -> Tensor:
 
 def _resized_tensor(tensor: Tensor, dim: int, size: int) -> Tensor:
     """Return the tensor with another size along a dimension: cut, or repeated from its start."""
+    if tensor.is_meta:  # no data to copy
+        shape = [*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]]
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
     return tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])

@@ -312,7 +312,8 @@ def test_constants_of_a_model_in_parts() -> None:
 def test_prune_with_data_compensates(method: str | None, same_as: str) -> None:
     model, x = teacher(), torch.randn(64, 3, 8, 8) + 0.5
     pruned = fxprune.prune(model, x[:2], channels=0.75, data=[(x,)], compensate=method)
-    by_hand = fxprune.prune(model, x[:2], channels=0.75)
+    criterion = FlowCPMC(data=[(x,)])  # the default reads the data, too
+    by_hand = fxprune.prune(model, x[:2], channels=0.75, criterion=criterion)
     done = fxprune.compensate(model, by_hand, [(x,)], method=same_as)
     torch.testing.assert_close(pruned.model(x), by_hand.model(x))
     assert pruned.report.compensated == done.changed

@@ -121,7 +121,7 @@ def plan(
     out: _PlanFile = None,
     budget: BudgetOptions,
     latency_budget: LatencyOptions,
-    criterion: Criterion = "cpmc",
+    criterion: Criterion = "cpmc_flow",
     source: ModelInputOptions,
     as_json: Json = False,
 ) -> None:
@@ -145,7 +145,7 @@ def prune(
     out: Out = None,
     budget: BudgetOptions,
     latency_budget: LatencyOptions,
-    criterion: Criterion = "cpmc",
+    criterion: Criterion = "cpmc_flow",
     verify: Verify = False,
     source: ModelInputOptions,
     as_json: Json = False,
@@ -237,7 +237,7 @@ def compare(
 def bench(
     *,
     budget: BudgetOptions,
-    criterion: Criterion = "cpmc",
+    criterion: Criterion = "cpmc_flow",
     timing: TimingOptions,
     source: ModelInputOptions,
     as_json: Json = False,

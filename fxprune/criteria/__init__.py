@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from fxprune.common.arrays import Floats
 from fxprune.common.numbers import check_integer
 from fxprune.common.public import calling_user_code, public, short_repr
-from fxprune.coupling import Coupling, Group, check_coupling
+from fxprune.coupling import Coupling, check_coupling
 from fxprune.criteria.costs import AddedCosts, CostTerms, DividingCosts
 from fxprune.criteria.cpmc import CPMC
 from fxprune.criteria.data import Activation, Fisher, Taylor
@@ -57,10 +57,10 @@ from fxprune.criteria.flow_cpmc import FlowCPMC
 from fxprune.criteria.hessian import OBDC, HessianDiagonal
 from fxprune.criteria.movement import Movement
 from fxprune.criteria.variance import ActivationVariance
-from fxprune.criteria.views import UnitView, Views
+from fxprune.criteria.views import UnitView, Views, check_values, score_by_views
 from fxprune.criteria.wanda import Wanda
 from fxprune.criteria.weights import bn_scale, fpgm, l1, l2, lamp
-from fxprune.errors import ArgumentError, FxpruneError, ModelError
+from fxprune.errors import ArgumentError
 
 __all__ = [
     "CPMC",
@@ -249,25 +249,14 @@ def rank(criterion: Criterion, coupling: Coupling, model: nn.Module) -> Ranking:
     for group in coupling.groups:
         scores = value[group.units]
         if not np.isfinite(scores).all():
-            raise _error_of_scores(group, model)
+            check_values(coupling, model)  # it blames the weights; otherwise it is the criterion
+            raise ArgumentError(
+                f"the criterion gives scores that are not finite for group {group.name!r}. Scores "
+                "must be numbers; weights so large that their squares overflow have none."
+            )
         if per_group:
             value[group.units] = scores / max(scores.mean(), np.finfo(np.float64).tiny)
     return Ranking(value, getattr(chosen, "costs", AddedCosts()))
-
-
-def _error_of_scores(group: Group, model: nn.Module) -> FxpruneError:
-    """Return the error for scores that are not finite: it blames the weights or the criterion."""
-    parameters = dict(model.named_parameters())
-    for name in dict.fromkeys(axis.parameter for axis in group.axes):
-        if name in parameters and not bool(parameters[name].isfinite().all()):
-            return ModelError(
-                f"parameter {name!r} holds infinity, so its units cannot be ranked: load or "
-                "initialise the weights anew."
-            )
-    return ArgumentError(
-        f"the criterion gives scores that are not finite for group {group.name!r}. Scores must "
-        "be numbers; weights so large that their squares overflow have none."
-    )
 
 
 def _as_criterion(criterion: Any) -> Any:
@@ -347,10 +336,9 @@ def _scores_of_views(
     ArgumentError
         If they are not one tensor of shape (units,) for each group.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     name = getattr(criterion, "__name__", type(criterion).__name__)
-    value = np.zeros(coupling.context.units.count)
-    for view in Views(coupling, parameters):
+
+    def score(view: UnitView) -> Floats:
         with _call_of_criterion(criterion, f"the criterion {name}, given a UnitView,"):
             scores = criterion(view)
         if not isinstance(scores, Tensor) or tuple(scores.shape) != (view.group.size,):
@@ -359,8 +347,9 @@ def _scores_of_views(
                 f"the criterion gave {found} for group {view.group.name!r}: it must give one "
                 f"score per unit, a tensor of shape ({view.group.size},)."
             )
-        value[view.group.units] = _array_of(scores)
-    return value
+        return _array_of(scores)
+
+    return score_by_views(coupling, model, score)
 
 
 def _array_of(scores: Tensor) -> Floats:

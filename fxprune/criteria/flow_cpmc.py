@@ -5,10 +5,8 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from fxprune.calibration import (
     Loader,
@@ -23,12 +21,13 @@ from fxprune.common.numbers import check_integer
 from fxprune.common.public import public
 from fxprune.coupling import Coupling, check_coupling
 from fxprune.criteria.costs import DividingCosts, check_weights
-from fxprune.criteria.cpmc import share_left
+from fxprune.criteria.cpmc import CPMC, share_left
 from fxprune.criteria.flow import FlowWatcher
 from fxprune.criteria.meter import watch_batch, watching
 from fxprune.criteria.noise import noise_like
-from fxprune.errors import ArgumentError, FxpruneWarning
-from fxprune.inputs import Call, batch_size
+from fxprune.criteria.views import check_values, score_by_views
+from fxprune.errors import FxpruneError, FxpruneWarning
+from fxprune.inputs import batch_size, copied_to
 
 __all__ = ["FlowCPMC"]
 
@@ -78,8 +77,8 @@ class FlowCPMC:
     Warns
     -----
     FxpruneWarning
-        If the network cannot run on noise and there is no data: then units are ranked by their
-        costs alone.
+        If the network cannot run on noise and there is no data: then the value is that of
+        :class:`CPMC`, which reads weights alone.
 
     Raises
     ------
@@ -143,27 +142,32 @@ class FlowCPMC:
         Raises
         ------
         ModelError, ArgumentError
-            If ``coupling`` is not an analysis of ``model``, or the loader does not fit.
+            If ``coupling`` is not an analysis of ``model``, a parameter holds no finite values, or
+            the loader does not fit.
         """
         check_coupling(coupling, model)
+        check_values(coupling, model)  # infinite weights would give units that look worthless
         values = self._flow(coupling, model)
+        if values is None:
+            warnings.warn(
+                "FlowCPMC: the model cannot run on noise, so units are ranked by their weights "
+                "alone, as CPMC does. Give data= to measure what flows.",
+                FxpruneWarning,
+                stacklevel=2,
+            )
+            return score_by_views(coupling, model, lambda view: CPMC()(view).numpy())
         for group in coupling.groups:
             value = torch.from_numpy(values[group.units])
             values[group.units] = (value / share_left(value, coupling.blocks(group))).numpy()
         return values
 
-    def _flow(self, coupling: Coupling, model: nn.Module) -> Floats:
-        """Return the flow on noise, blended with that on data; shape (labels,)."""
+    def _flow(self, coupling: Coupling, model: nn.Module) -> Floats | None:
+        """Return the flow on noise, blended with that on data; shape (labels,).
+
+        None if the model does not run on noise and there is no data.
+        """
         noise = _flow_on_noise(coupling, model, self.seed)
         if self.data is None:
-            if noise is None:
-                warnings.warn(
-                    "FlowCPMC: the model cannot run on noise, so units are ranked by their costs "
-                    "alone. Give it data=, or take criterion='cpmc'.",
-                    FxpruneWarning,
-                    stacklevel=2,
-                )
-                return np.ones(coupling.context.units.count)
             return noise
         watcher = FlowWatcher(coupling, own_statistics=False)
         with watching(coupling, model) as filled:
@@ -181,12 +185,12 @@ def _flow_on_noise(coupling: Coupling, model: nn.Module, seed: int) -> Floats | 
     device = device_of(model)
     for call in noise_like(coupling.inputs, seed):
         watcher = FlowWatcher(coupling, own_statistics=True)
-        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(device), tuple(call))
-        batch = LoaderBatch(args, kwargs, (), batch_size(Call(args, kwargs)))
+        args, kwargs = copied_to(call, device)
+        batch = LoaderBatch(args, kwargs, (), batch_size(call))
         try:
             with watching(coupling, model) as filled:
                 watch_batch(watcher, coupling, filled, batch)
-        except ArgumentError:  # the model may take the example's sizes only
+        except FxpruneError:  # the model may take the sizes of the example only
             continue
         return watcher.total / watcher.samples
     return None

@@ -17,7 +17,6 @@ from fxprune.common.arrays import Floats
 from fxprune.common.contents import tensors_of
 from fxprune.common.dispatch import holds_tensors
 from fxprune.common.hooks import in_mode
-from fxprune.common.identity import IdentityMap
 from fxprune.coupling import Coupling
 from fxprune.coupling.parts import intercepted
 from fxprune.criteria.views import at_least_float32
@@ -42,7 +41,8 @@ __all__ = [
 def watching(coupling: Coupling, model: nn.Module) -> Iterator[nn.Module]:
     """Give a copy of a model that can be run in evaluation mode, without leaving a trace.
 
-    The copy shares the model's parameters; what it writes into them is undone.
+    The copy shares the model's parameters; what it writes into them is undone. It has its own
+    buffers and attributes, which forward may change.
 
     Parameters
     ----------
@@ -51,17 +51,9 @@ def watching(coupling: Coupling, model: nn.Module) -> Iterator[nn.Module]:
     model:
         The model.
     """
-    values: IdentityMap[Tensor, Tensor] = IdentityMap()
-    for key, tensor in coupling.meta_copy.real.items():
-        # a module may write to its own buffers
-        values[key] = tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
     undone = UndoWrites(dict(model.named_parameters()))
-    with (
-        undone.undoing(),
-        torch.no_grad(),
-        coupling.meta_copy.with_tensors(values) as filled,
-        in_mode(filled, False),
-    ):
+    filled = coupling.meta_copy.instance()
+    with undone.undoing(), torch.no_grad(), in_mode(filled, False):
         yield filled
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxprune.common.arrays import Floats
 from fxprune.common.public import calling_user_code, iterate_user_input, public, short_repr
@@ -22,7 +22,9 @@ __all__ = [
     "Views",
     "at_least_float32",
     "check_roles",
+    "check_values",
     "check_view",
+    "score_by_views",
     "sums_per_label",
 ]
 
@@ -214,11 +216,7 @@ class Views:
             if name not in self.tensors:
                 continue
             if self.tensors[name].is_meta:
-                raise ModelError(
-                    f"{name!r} is on the meta device and has no values, so nothing can be ranked: "
-                    'load the weights first, or take criterion="random". fxprune.analyze needs '
-                    "none."
-                )
+                raise _error_without_values(name)
             fields = []
             for labels in self.coupling.parameter_labels(name):
                 if self.coupling.role(name, self.coupling.shrinking_dim(labels)) in roles:
@@ -379,3 +377,51 @@ def _rows_of(tensor: Tensor, index: Array, size: int) -> Tensor:
     block = elements.new_zeros(size, int(counts.max()), elements.shape[1])
     block[torch.from_numpy(flat[taken]), torch.from_numpy(columns)] = elements
     return block.reshape(size, -1).cpu().double()
+
+
+def score_by_views(
+    coupling: Coupling, model: nn.Module, score: Callable[[UnitView], Floats]
+) -> Floats:
+    """Return scores of shape (labels,) that a function gives group by group.
+
+    Parameters
+    ----------
+    coupling:
+        The analysis.
+    model:
+        The model whose weights the views show.
+    score:
+        Returns one score for each unit of a view.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    value = np.zeros(coupling.context.units.count)
+    for view in Views(coupling, parameters):
+        value[view.group.units] = score(view)
+    return value
+
+
+def check_values(coupling: Coupling, model: nn.Module) -> None:
+    """Check that the parameters which hold units have finite values.
+
+    Raises
+    ------
+    ModelError
+        If one is on the meta device, or holds infinity or NaN.
+    """
+    for name, parameter in model.named_parameters():
+        if name not in coupling.parameters or not parameter.is_floating_point():
+            continue
+        if parameter.is_meta:
+            raise _error_without_values(name)
+        if not bool(parameter.isfinite().all()):
+            raise ModelError(
+                f"parameter {name!r} holds infinity, so its units cannot be ranked: load or "
+                "initialise the weights anew."
+            )
+
+
+def _error_without_values(name: str) -> ModelError:
+    return ModelError(
+        f"{name!r} is on the meta device and has no values, so nothing can be ranked: load the "
+        'weights first, or take criterion="random". fxprune.analyze needs none.'
+    )
