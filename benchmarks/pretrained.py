@@ -3,12 +3,15 @@
     python benchmarks/pretrained.py
     # one network, two criteria
     python benchmarks/pretrained.py --networks crepe --criteria cpmc,cpmc_flow
+    # how well each criterion orders single units: rank correlation with the measured change
+    python benchmarks/pretrained.py --order --criteria cpmc,cpmc_flow
 
 Each criterion prunes networks that other people trained (EfficientNet-lite0, MTCNN, CREPE) to
 shares of their multiply-accumulates. The pruned network is compared with the dense one on inputs
 whose sources neither the criterion nor the compensation has seen. ``/constants`` and
 ``/least_squares`` after a criterion compensate on the calibration inputs. ``cpmc_flow+data`` reads
-these, too, as ``activation`` does. ``random`` is the mean over five seeds. torch-pruning's
+these, too, as ``activation`` does. ``cpmc_flow:1`` has another exponent of the computation.
+``random`` is the mean over five seeds. torch-pruning's
 importances prune globally; its ``pruning_ratio`` is searched until as few multiply-accumulates are
 left, and its results cannot be compensated.
 
@@ -31,6 +34,7 @@ from typing import Any
 
 import _common as common
 import _pretrained
+import numpy as np
 import torch
 from torch import nn
 
@@ -66,6 +70,8 @@ def criteria_of(name: str, loader: list[Any]) -> list[Any]:
             return [criteria.Activation(loader)]
         case "cpmc_flow+data":
             return [criteria.FlowCPMC(data=loader)]
+        case _ if name.startswith("cpmc_flow:"):
+            return [criteria.FlowCPMC(computation=float(name.partition(":")[2]))]
         case _:
             return [name]
 
@@ -126,6 +132,53 @@ def _agreement_of_torch_pruning(
         return common.one_line(error)
 
 
+def correlation(network: str, name: str, count: int = 100) -> float:
+    """Return the rank correlation of the scores with the change that removing a unit makes.
+
+    For ``count`` units of the whole network, drawn at random, the weights of the unit are set to
+    zero, and the mean square change of the outputs on the test inputs is measured.
+    """
+    torch.set_num_threads(1)
+    what = _pretrained.NETWORKS[network]()
+    dense, model = what.outputs(what.model), what.model
+    loader = [(batch,) for batch in what.calibration[:128].split(BATCH)]
+    coupling = fxprune.analyze(model, what.example)
+    (criterion,) = criteria_of(name, loader)
+    value = criteria.rank(criterion, coupling, model).value
+    units = [(group, unit) for group in coupling.groups for unit in range(group.size)]
+    drawn = np.random.default_rng(0).permutation(len(units))[:count]
+    scores, changes = [], []
+    for group, unit in (units[number] for number in drawn):
+        scores.append(value[group.units[unit]])
+        changes.append(_change(model, coupling, group, unit, what, dense))
+    ranks = [np.argsort(np.argsort(each)) for each in (scores, changes)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _change(
+    model: nn.Module,
+    coupling: fxprune.Coupling,
+    group: fxprune.coupling.Group,
+    unit: int,
+    what: _pretrained.Network,
+    dense: torch.Tensor,
+) -> float:
+    """Return the mean square change of the outputs without one unit."""
+    parameters = dict(model.named_parameters())
+    before = {}
+    for parameter, indices in coupling.elements(group).items():
+        if parameter not in parameters:
+            continue
+        weights = before[parameter] = parameters[parameter].detach().clone()
+        for index in indices:
+            weights = weights.masked_fill(index == unit, 0.0)
+        parameters[parameter].data = weights
+    change = float((what.outputs(model) - dense).square().mean())
+    for parameter, weights in before.items():
+        parameters[parameter].data = weights
+    return change
+
+
 def table(rows: dict[str, list[float | str]], network: str) -> str:
     """Return the rows of a network as a Markdown table; the best of a column is bold."""
     names = [name.partition(":")[2] for name in rows if name.startswith(f"{network}:")]
@@ -177,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", type=common.names, default=known, help=", ".join(known))
     parser.add_argument("--criteria", type=common.names, default=CRITERIA)
     parser.add_argument("--methods", type=lambda text: text.split(","), default=METHODS)
+    parser.add_argument("--order", action="store_true", help="print rank correlations only")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--stem", default="pretrained", help="name of the results")
     options = parser.parse_args(arguments)
@@ -184,6 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         judged_by = {name: _pretrained.NETWORKS[name]().judged_by for name in options.networks}
     except ImportError as error:
         parser.error(f"{error}. Install the packages:\n{_pretrained.INSTALL}")
+    if options.order:
+        for network in options.networks:
+            for name in options.criteria:
+                print(network, name, f"{correlation(network, name):.2f}", flush=True)
+        return
     rows: dict[str, list[float | str]] = {}
     record: common.Record = {
         "machine": common.machine(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -57,50 +56,72 @@ class Reads(nn.Module):
         return self.second(self.first(x).relu())
 
 
-def by_taps(model: Any, x: Tensor, kernel: int) -> Floats:
-    """Return the flow of each channel, one kernel position at a time.
+def one_by_one(model: Any, x: Tensor) -> Floats:
+    """Return the flow of each channel: the mean square of what it gives alone.
 
-    A kernel position between one input and the outputs is convolved with the channel's mean
-    square alone, spread over all positions. The mean over the outputs' variance is the share.
+    It is divided by the variance of the output.
     """
     hidden, out = model.first(x).relu(), model(x)
     others = [d for d in range(out.dim()) if d != 1]
     variance = out.var(others, unbiased=False)
-    conv, weight, shares = model.second, model.second.weight, []
-    conv.bias = None
+    model.second.bias, shares = None, []
     for u in range(hidden.shape[1]):
-        alone, total = torch.zeros_like(hidden), 0.0
-        alone[:, u] = hidden[:, u].square().mean()
-        for i, j in itertools.product(range(kernel), repeat=2):
-            tap = torch.zeros_like(weight)
-            tap[:, :, i, j] = weight[:, :, i, j].square()
-            conv.weight = nn.Parameter(tap)
-            total += float((conv(alone).mean(others) / variance).mean())
-        shares.append(total)
-        conv.weight = weight
+        alone = torch.zeros_like(hidden)
+        alone[:, u] = hidden[:, u]
+        shares.append(float((model.second(alone).square().mean(others) / variance).mean()))
     return np.array(shares)
 
 
 @pytest.mark.parametrize(
-    ("second", "kernel"),
+    "second",
     [
-        (nn.Conv2d(4, 5, 3), 3),
-        (nn.Conv2d(4, 5, 3, stride=2), 3),
-        (nn.Conv2d(4, 6, 3, dilation=2, groups=2, bias=False), 3),
-        (nn.ConvTranspose2d(4, 5, 3, stride=2), 3),
-        (nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), 2),
-        (nn.Conv2d(4, 5, 1), 1),
+        nn.Conv2d(4, 5, 3),
+        nn.Conv2d(4, 5, 3, stride=2, padding=1, bias=False),
+        nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2),
+        nn.Conv2d(4, 6, (1, 3), padding="same"),
+        nn.Conv2d(4, 5, 1),
+        nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2),
+        nn.Sequential(nn.Flatten(), nn.Linear(196, 5)),
     ],
-    ids=["plain", "strided", "dilated in groups", "transposed", "transposed groups", "pointwise"],
+    ids=["plain", "strided", "groups", "same", "pointwise", "transposed", "flattened"],
 )
 @torch.no_grad()
-def test_the_share_of_a_channel_in_what_a_convolution_gives(
-    second: nn.Module, kernel: int
-) -> None:
-    """Without padding, each weight is used as often as the formula says."""
+def test_the_share_of_a_channel_is_what_it_gives_alone(second: nn.Module) -> None:
+    """Of a transposed convolution only if its kernel is its stride: then no weights meet."""
     model = Reads(nn.Conv2d(3, 4, 3), second).double().eval()
+    expected = flow_on(model, IMAGES)
+    if isinstance(second, nn.Sequential):
+        second[1].bias = None
+    np.testing.assert_allclose(expected[0], one_by_one(model, IMAGES), rtol=1e-4)
+
+
+@torch.no_grad()
+def test_weights_of_a_transposed_convolution_count_as_uncorrelated() -> None:
+    second = nn.ConvTranspose2d(4, 5, 3, stride=2, bias=False)
+    model = Reads(nn.Conv2d(3, 4, 3), second).double().eval()
+    hidden, out = model.first(IMAGES).relu(), model(IMAGES)
+    variance = out.var((0, 2, 3), unbiased=False)
+    # each of the 9 weights meets each of the 7 x 7 positions of the input, of 15 x 15 results
+    squares = (second.weight.square() / variance[:, None, None]).sum((1, 2, 3)) * 49 / 225 / 5
     (found,) = flow_on(model, IMAGES)
-    np.testing.assert_allclose(found, by_taps(model, IMAGES, kernel), rtol=1e-4)
+    np.testing.assert_allclose(found, squares * hidden.square().mean((0, 2, 3)), rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_unit_with_columns_of_its_own_number_counts_by_its_mean_square() -> None:
+    """The first two channels are read twice, the others once."""
+
+    class Twice(Reads):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x).relu()
+            return self.second(torch.cat([hidden, hidden[:, :2]], 1))
+
+    model, x = Twice(nn.Linear(5, 4), nn.Linear(6, 3)).double().eval(), torch.randn(20, 5).double()
+    hidden = model.first(x).relu()
+    squares = model.second.weight.square() / model(x).var(0, unbiased=False)[:, None] / 3
+    of_units = squares.sum(0)[:4] + F.pad(squares.sum(0)[4:], (0, 2))
+    (found,) = flow_on(model, x)
+    np.testing.assert_allclose(found, (of_units * hidden.square().mean(0)).numpy(), rtol=1e-4)
 
 
 class Matrices(nn.Module):

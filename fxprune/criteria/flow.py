@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxprune.common.arrays import Floats
 from fxprune.common.contents import tensors_of
 from fxprune.coupling import Coupling
+from fxprune.criteria.columns import columns, has_columns
 from fxprune.criteria.contractions import (
     ContractionWatcher,
     RanContraction,
@@ -25,6 +26,12 @@ from fxprune.ops import bind
 
 __all__ = ["FlowWatcher"]
 
+
+_MOST_MOMENTS = 2**26
+"""Upper limit on the moments that the units of one layer take."""
+
+_MOST_COLUMNS = 2**24
+"""About how many numbers the columns of one layer have at a time."""
 
 _NO_VARIANCE = 1e-6
 """Share of an output's mean square that its variance has at least, against divisions by 0."""
@@ -102,16 +109,38 @@ class FlowWatcher(ContractionWatcher):
         form:
             How it reads its weight.
         """
+        inverse = _inverse_variance(ran, form)
+        fields = self.coupling.labels(labelled[form.weight])
+        fields = [labels for labels in fields if labels.shape[form.summed] > 1]
+        known = has_columns(ran.labelled.func, form, ran.given[form.weight])
+        for labels in fields:
+            shares = _shares_of_columns(ran, form, labels, inverse) if known else None
+            if shares is None:
+                shares = self._shares_of_weights(ran, labelled, form, labels, inverse)
+            yield shares
+
+    def _shares_of_weights(
+        self,
+        ran: RanContraction,
+        labelled: Mapping[str, Any],
+        form: WeightForm,
+        labels: Array,
+        inverse: Tensor,
+    ) -> tuple[Array, Floats]:
+        """Return labels and shares as if what different weights give were uncorrelated.
+
+        The multiply-accumulates tell how often each weight is used: all of them equally often.
+        """
         squares = at_least_float32(ran.given[form.data]).square()
         energy = np.zeros(len(self.total))
-        for labels in self.coupling.labels(labelled[form.data]):
-            units, means = unit_means(squares, labels)
+        for read in self.coupling.labels(labelled[form.data]):
+            units, means = unit_means(squares, read)
             energy[units] = np.nan_to_num(means)
-        shares = _shares(ran, form)
-        for labels in self.coupling.labels(labelled[form.weight]):
-            if labels.shape[form.summed] > 1:
-                units = labels.ravel()
-                yield units, sums_per_label(shares, labels) * energy[units]
+        weight = at_least_float32(ran.given[form.weight])
+        uses = ran.macs / (weight.numel() * ran.out.numel())
+        shares = uses * weight.square() * form.along_outputs(inverse, weight)
+        units = labels.ravel()
+        return units, np.nan_to_num(sums_per_label(shares, labels) * energy[units])
 
     def _squared_weights(self, ran: RanContraction) -> Floats:
         """Return for each label the sum of squares of the weights that a contraction reads there.
@@ -129,15 +158,30 @@ class FlowWatcher(ContractionWatcher):
         return np.where(sums > 0, sums, 1.0)
 
 
-def _shares(ran: RanContraction, form: WeightForm) -> Tensor:
-    r"""Return the share of each weight in what a contraction gives, per mean square of its input.
+def _inverse_variance(ran: RanContraction, form: WeightForm) -> Tensor:
+    """Return 1 / variance of each output of a contraction, over samples and positions.
 
-    .. math:: s_w = \frac{n_w}{|O|} \frac{w^2}{\mathrm{Var}(y_o)}
+    The result is 0 where there is no variance; shape (outputs,).
+    """
+    out = at_least_float32(ran.out)
+    others = [d for d in range(out.dim()) if d != out.dim() + form.channel]
+    mean = out.mean(others, keepdim=True)
+    variance = (out - mean).square_().mean(others)  # several times as fast as var()
+    divisor = variance + _NO_VARIANCE * (variance + mean.reshape(-1).square())
+    return torch.where(divisor > 0, 1 / divisor, 0.0).nan_to_num(0.0, 0.0, 0.0)
 
-    :math:`o` is the output channel that the weight contributes to; its variance goes over samples
-    and positions. :math:`n_w` is in how many of the :math:`|O|` elements of the result the weight
-    is used. The multiply-accumulates tell it for every contraction (strides, groups and
-    transposition included): each weight takes part in equally many.
+
+def _shares_of_columns(
+    ran: RanContraction, form: WeightForm, labels: Array, inverse: Tensor
+) -> tuple[Array, Floats] | None:
+    r"""Return the labels of the units that a weight reads, and their shares in the result.
+
+    .. math::
+
+       s_u = \frac{1}{|o|} \sum_o \frac{w_{o,u}^T \, \mathrm{E}[x_u x_u^T] \, w_{o,u}}
+             {\mathrm{Var}(y_o)}
+
+    :math:`x_u` are the columns of the unit: its values at all positions of the kernel.
 
     Parameters
     ----------
@@ -145,19 +189,101 @@ def _shares(ran: RanContraction, form: WeightForm) -> Tensor:
         The contraction.
     form:
         How it reads its weight.
+    labels:
+        A field of labels on the weight.
+    inverse:
+        1 / variance of each output, shape (outputs,).
+
+    Returns
+    -------
+    tuple or None
+        Labels and shares, shape (units,) each; None if the units do not all have equally many
+        columns, or too many.
+    """
+    weight = at_least_float32(ran.given[form.weight]).movedim(form.outputs, 0)
+    groups = int(ran.given.get("groups", 1))
+    weights = weight.reshape(groups, len(weight) // groups, -1)
+    inverses = inverse.reshape(groups, -1)
+    on_columns = _labels_of_columns(np.moveaxis(labels, form.outputs, 0), weight.shape, groups)
+    placed = [_by_unit(row) for row in on_columns]
+    if any(each is None for each in placed):
+        return None
+    found, shares = [], []
+    places = torch.stack([torch.from_numpy(each[1]) for each in placed if each is not None])
+    moments = _moments(ran, form, places.to(weight.device))
+    for number, each in enumerate(placed):
+        assert each is not None
+        units, place = each
+        w = weights[number][:, place].transpose(0, 1)  # (units, outputs, columns of a unit)
+        energy = ((w @ moments[number]) * w).sum(2)
+        shares.append((energy @ inverses[number] / len(weight)).clamp_min(0).cpu().numpy())
+        found.append(units)
+    return np.concatenate(found), np.nan_to_num(np.concatenate(shares))
+
+
+def _labels_of_columns(labels: Array, shape: Sequence[int], groups: int) -> Array:
+    """Return the label of each column of each group, shape (groups, columns).
+
+    Parameters
+    ----------
+    labels:
+        A field on the weight, whose first dimension holds the outputs.
+    shape:
+        The shape of the weight.
+    groups:
+        The number of groups. All outputs of a group read the same inputs.
+    """
+    one = labels if len(labels) == 1 else labels[:: shape[0] // groups]
+    return np.broadcast_to(one, (groups, *shape[1:])).reshape(groups, -1)
+
+
+def _by_unit(labels: Array) -> tuple[Array, Array] | None:
+    """Return the units among the labels of columns, and which columns each of them has.
+
+    Parameters
+    ----------
+    labels:
+        The label of each column, shape (columns,).
+
+    Returns
+    -------
+    tuple or None
+        Units, shape (units,), and numbers of columns, shape (units, columns of a unit). None if
+        not all have equally many, or if their moments would take too much memory.
+    """
+    units, counts = np.unique(labels[labels > 0], return_counts=True)
+    if not len(units) or (counts != counts[0]).any() or counts[0] * labels.size > _MOST_MOMENTS:
+        return None
+    order = np.argsort(labels, kind="stable")[-int(counts.sum()) :]
+    return units, order.reshape(len(units), -1)
+
+
+def _moments(ran: RanContraction, form: WeightForm, places: Tensor) -> Tensor:
+    """Return the second moments of the columns of each unit.
+
+    Parameters
+    ----------
+    ran:
+        The contraction.
+    form:
+        How it reads its weight.
+    places:
+        The columns of each unit, shape (groups, units, columns of a unit).
 
     Returns
     -------
     Tensor
-        Shares, in the shape of the weight.
+        Means over samples and positions of the products of two columns of a unit; shape (groups,
+        units, columns of a unit, columns of a unit).
     """
-    out = at_least_float32(ran.out)
-    others = [d for d in range(out.dim()) if d != out.dim() + form.channel]
-    mean = out.mean(others, keepdim=True)
-    variance = (out - mean).square_().mean(others)  # several times as fast as var()
-    divisor = variance + _NO_VARIANCE * (variance + mean.reshape(-1).square())
-    inverse = torch.where(divisor > 0, 1 / divisor, 0.0)
-    weight = at_least_float32(ran.given[form.weight])
-    uses = ran.macs / (weight.numel() * out.numel())
-    shares = uses * weight.square() * form.along_outputs(inverse, weight)
-    return shares.nan_to_num(0.0, 0.0, 0.0)
+    x = at_least_float32(ran.given[form.data])
+    taps = places.numel() / max(x.numel() // len(x), 1)
+    rows = max(1, int(_MOST_COLUMNS / max(x.numel() // len(x) * max(taps, 1.0), 1.0)))
+    total, count = torch.zeros(()), 0
+    for some in x.split(rows):
+        read = columns(ran.labelled.func, ran.given, form, some)
+        of_units = torch.stack([read[g][:, place] for g, place in enumerate(places)])
+        of_units = of_units.movedim(1, -1)  # (groups, units, columns of a unit, positions)
+        total = total + of_units @ of_units.mT
+        count += read.shape[1]
+    return total / count

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.calibration import (
@@ -20,8 +18,8 @@ from fxprune.calibration import (
     check_read,
 )
 from fxprune.coupling import Coupling
+from fxprune.criteria.columns import columns, has_columns
 from fxprune.errors import ArgumentError
-from fxprune.ops.convolution import is_convolution
 from fxprune.rewrite import Survivors
 from fxprune.training.compensation import Compensation
 from fxprune.training.consumers import (
@@ -132,7 +130,7 @@ def _refit(
     parameters = dict(pruned.named_parameters())
     for name, consumer in consumers.items():
         sums = None
-        if _can_be_refitted(consumer, parameters[name]):
+        if has_columns(consumer.ran.func, consumer.form, parameters[name]):
             sums = _second_moments(survivors, model, pruned, consumer, batches)
         if sums is None:
             left.append(consumer.name)
@@ -142,13 +140,6 @@ def _refit(
         _solve(consumer, parameters[name], bias, *sums, ridge)
         changed.append(consumer.name)
     return Compensation(tuple(changed), tuple(left))
-
-
-def _can_be_refitted(consumer: Consumer, weight: Tensor) -> bool:
-    """Tell whether each output is a linear function of one row of inputs."""
-    if is_convolution(consumer.ran.func):
-        return consumer.form.summed == 1  # a transposed one adds up overlapping results
-    return weight.dim() == 2
 
 
 def _solve(
@@ -230,7 +221,7 @@ def _second_moments(
 
 
 def _columns(consumer: Consumer, given: dict[str, Any]) -> Tensor:
-    """Return the inputs of which each output position is a linear function.
+    """Return what a consumer reads, with a column of ones.
 
     Parameters
     ----------
@@ -245,55 +236,8 @@ def _columns(consumer: Consumer, given: dict[str, Any]) -> Tensor:
         Shape (groups, samples x positions, inputs x kernel + 1); the last column is 1.
     """
     x: Tensor = given[consumer.form.data].double()
-    if is_convolution(consumer.ran.func):
-        rows = _patches(x, given[consumer.form.weight].shape[2:], given)
-        rows = rows.unflatten(1, (given["groups"], -1)).transpose(0, 1).flatten(2)
-    else:
-        x = x.movedim(consumer.form.read, -1)
-        rows = x.reshape(1, -1, x.shape[-1])
+    rows = columns(consumer.ran.func, given, consumer.form, x)
     return torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
-
-
-def _patches(x: Tensor, kernel: Sequence[int], given: dict[str, Any]) -> Tensor:
-    """Return what a convolution reads for each output position.
-
-    Parameters
-    ----------
-    x:
-        The input, shape (samples, channels, ...), or without samples.
-    kernel:
-        The size of the kernel.
-    given:
-        The arguments of the convolution, by name.
-
-    Returns
-    -------
-    Tensor
-        Shape (samples x positions, channels, kernel elements).
-    """
-    dims = len(kernel)
-    stride, dilation = (_per_dim(given[name], dims) for name in ("stride", "dilation"))
-    if x.dim() == dims + 1:
-        x = x[None]
-    reach = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-    if given["padding"] == "same":
-        pads = [(far // 2, far - far // 2) for far in reach]
-    elif given["padding"] == "valid":
-        pads = [(0, 0)] * dims
-    else:
-        pads = [(size, size) for size in _per_dim(given["padding"], dims)]
-    x = F.pad(x, [side for pair in reversed(pads) for side in pair])
-    for dim, far in enumerate(reach):
-        x = x.unfold(2 + dim, far + 1, stride[dim])[..., :: dilation[dim]]
-    # (samples, channels, positions ..., kernel ...)
-    x = x.movedim(1, 1 + dims)
-    return x.reshape(-1, x.shape[1 + dims], math.prod(kernel))
-
-
-def _per_dim(value: Any, dims: int) -> list[int]:
-    """Return one number for each dimension; a single number counts for all."""
-    numbers = [value] if isinstance(value, int) else list(value)
-    return numbers * dims if len(numbers) == 1 else numbers
 
 
 class _SeenEnough(BaseException):
