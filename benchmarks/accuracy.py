@@ -30,7 +30,8 @@ epochs, and images that are moved (and mirrored if that keeps their class). Fine
 same, starting at a tenth of the rate.
 
 A criterion is a name, or ``cpmc`` with settings: ``cpmc:alpha=0:beta=1:gamma=0``,
-``cpmc:by=mean:roles=own+scale``. ``by=mean`` and ``by=max`` divide a value by that of its group
+``cpmc:by=mean:roles=own+scale``; or ``cpmc_flow:1``, with an exponent of the
+computation. ``by=mean`` and ``by=max`` divide a value by that of its group
 and by nothing else. ``weigh_groups=0`` ignores how much the group weighs in the network.
 ``of=roots`` and ``of=magnitudes`` use the roots of the sums of squares, or the sums of magnitudes.
 With ``/constants`` or ``/least_squares`` at the end of the name, the pruned network is compensated
@@ -205,8 +206,10 @@ def criterion_of(name: str, data: _data.Data, seed: int) -> Any:
 
     Criteria that read data get the first images of the training part.
     """
-    if name == "cpmc" or name.startswith("cpmc:"):
+    if _is_plain_cpmc(name):
         return cpmc(name)
+    if name.startswith("cpmc_flow:"):
+        return criteria.FlowCPMC(computation=float(name.partition(":")[2]))
     if name == "random":
         return criteria.Random(seed)
     if name == "taylor":
@@ -216,6 +219,10 @@ def criterion_of(name: str, data: _data.Data, seed: int) -> Any:
     if name == "activation":
         return criteria.Activation(_calibration(data, BATCH))
     return name
+
+
+def _is_plain_cpmc(name: str) -> bool:
+    return name == "cpmc" or name.startswith("cpmc:")
 
 
 def _calibration(data: _data.Data, batch: int) -> list[tuple[Tensor, Tensor]]:
@@ -431,7 +438,7 @@ def key_of(setting: Setting, name: str = "", removed: float = 0.0) -> str:
     The row of a dense network has no criterion.
     """
     plain, slash, method = name.partition("/")
-    described = (repr(variant(plain)) if plain.startswith("cpmc") else plain) + slash + method
+    described = (repr(variant(plain)) if _is_plain_cpmc(plain) else plain) + slash + method
     shown = replace(setting, finetune=0) if not name else setting
     return f"{shown} {described} {removed:g}" if name else f"{shown}"
 
