@@ -1,1 +1,33 @@
-"""Measures before and after pruning: sparsity, and compensation for what was removed."""
+"""Training that prepares a model for pruning, and repairs it afterwards.
+
+Before: penalties on units (:class:`GroupSparsity`, :class:`BNScaleSparsity`,
+:class:`GrowingRegularisation`), and schedules of their strength. After:
+:class:`Compensation` of what was removed.
+"""
+
+from fxprune.training.compensation import Compensation
+from fxprune.training.growing import GrowingRegularisation
+from fxprune.training.schedules import (
+    Constant,
+    Cosine,
+    Cubic,
+    Geometric,
+    Growing,
+    Linear,
+    Schedule,
+)
+from fxprune.training.sparsity import BNScaleSparsity, GroupSparsity
+
+__all__ = [
+    "BNScaleSparsity",
+    "Compensation",
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Geometric",
+    "GroupSparsity",
+    "Growing",
+    "GrowingRegularisation",
+    "Linear",
+    "Schedule",
+]
