@@ -1,11 +1,12 @@
 """Training that prepares a model for pruning, and repairs it afterwards.
 
 Before: penalties on units (:class:`GroupSparsity`, :class:`BNScaleSparsity`,
-:class:`GrowingRegularisation`), and schedules of their strength. After:
+:class:`GrowingRegularisation`), :class:`Gates`, and schedules of their strength. After:
 :class:`Compensation` of what was removed.
 """
 
 from fxprune.training.compensation import Compensation
+from fxprune.training.gates import Gates
 from fxprune.training.growing import GrowingRegularisation
 from fxprune.training.schedules import (
     Constant,
@@ -24,6 +25,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cubic",
+    "Gates",
     "Geometric",
     "GroupSparsity",
     "Growing",
