@@ -2,10 +2,11 @@
 
 Before: penalties on units (:class:`GroupSparsity`, :class:`BNScaleSparsity`,
 :class:`GrowingRegularisation`), :class:`Gates`, and schedules of their strength. After:
-:class:`Compensation` of what was removed.
+:class:`Compensation` of what was removed, and :class:`Distillation` from the dense model.
 """
 
 from fxprune.training.compensation import Compensation
+from fxprune.training.distillation import Distillation, soft_target_loss
 from fxprune.training.gates import Gates
 from fxprune.training.growing import GrowingRegularisation
 from fxprune.training.schedules import (
@@ -25,6 +26,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cubic",
+    "Distillation",
     "Gates",
     "Geometric",
     "GroupSparsity",
@@ -32,4 +34,5 @@ __all__ = [
     "GrowingRegularisation",
     "Linear",
     "Schedule",
+    "soft_target_loss",
 ]
