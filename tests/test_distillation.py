@@ -14,8 +14,11 @@ from torch.nn import functional as F
 import fxprune
 from examples.digits import DigitNet, accuracy, load_data
 from fxprune.errors import ArgumentError, CallbackError, ModelError, PlanError
-from fxprune.training import Distillation, soft_target_loss
-from tests.support.checking import masked, randomise
+from fxprune.training import Distillation, Gates, soft_target_loss
+from tests.support.checking import as_dtype, call, masked, randomise
+from tests.support.gating import REFUSED, close
+from tests.zoo import CASES
+from tests.zoo.case import Case
 
 
 def dense() -> nn.Sequential:
@@ -92,6 +95,88 @@ def test_a_pruned_model_has_the_features_of_its_masked_original() -> None:
         assert distillation.loss(pruned.model(x), x).item() < 1e-24
         pruned.model.get_parameter("3.bias").data[0] += 1
         assert distillation.loss(pruned.model(x), x).item() > 1e-3
+
+
+EVERYWHERE = [
+    pytest.param(case, id=case.name, marks=() if number % 4 == 0 else pytest.mark.slow)
+    for number, case in enumerate(CASES)
+    # no gate masks a unit in these, or the graph calls a module that the dense model does not
+    if not case.name.startswith((*REFUSED, "attention_module", "cross_attention"))
+]
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_every_module_has_the_features_of_the_masked_original(case: Case) -> None:
+    torch.manual_seed(0)
+    model = randomise(case.build(8)).eval()
+    x: Any = as_dtype(case.inputs(3), torch.float64)
+    coupling = fxprune.analyze(model, x)
+    pruned = fxprune.prune(model, x, channels=0.5, criterion="random")
+    names = [str(n.target) for n in pruned.model.graph.nodes if n.op == "call_module"]
+    if not names or any(group.normalised for group in coupling.groups):
+        pytest.skip("no module is called, or statistics are those of the survivors")
+    with Gates(model, coupling) as gates:
+        close(gates, coupling, pruned.plan)
+    with (
+        torch.no_grad(),
+        Distillation(model, pruned.model, features=names, logit_strength=0) as distillation,
+    ):
+        assert distillation.loss(call(pruned.model, x), x).item() < 1e-18
+
+
+class Refines(nn.Module):
+    """Calls one part as often as its values ask for, and another one once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+        self.head = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = 0
+        while steps < 3 and x.abs().max().item() >= 0:
+            x, steps = self.body(x), steps + 1
+        return self.head(x).mean((2, 3))
+
+
+def test_a_part_that_runs_repeatedly() -> None:
+    model, x = randomise(Refines()).eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    pruned = fxprune.prune(model, x, channels=0.5)
+    assert pruned.report.parts == ("body", "head")
+    names = ["body.0", "body.1", "body.2", "head.1"]
+    options: dict[str, Any] = {"features": names, "logit_strength": 0}
+    for teacher, equal in ((masked(model, pruned.model), True), (model, False)):
+        with Distillation(teacher, pruned.model, **options) as distillation:
+            assert (distillation.loss(pruned.model(x), x).item() < 1e-18) is equal
+
+
+class Auxiliary(nn.Module):
+    """Has a second head in training mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        self.head, self.second = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.body(x)
+        out = self.head(x).mean((2, 3))
+        return (out, self.second(x).mean((2, 3))) if self.training else out
+
+
+def test_the_teacher_evaluates_while_the_student_trains() -> None:
+    model = Auxiliary().train()
+    student = fxprune.prune(model, IMAGES, channels=0.5).model
+
+    def first(output: Any) -> Tensor:
+        return output[0] if isinstance(output, tuple) else output
+
+    with Distillation(model, student, features=["body.1"], logits=first) as distillation:
+        loss = distillation.loss(student(IMAGES), IMAGES)
+    loss.backward()
+    assert student.get_parameter("second.weight").grad is None
+    with pytest.raises(ArgumentError, match="'second' is no module that the graph"):
+        Distillation(model, student, features=["second"])
 
 
 def test_other_sizes_and_modules_that_are_called_twice() -> None:

@@ -1,7 +1,6 @@
 """Gates: closed ones equal the pruned model, and removing them leaves nothing behind."""
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -20,11 +19,9 @@ from tests.support.checking import (
     snapshot,
     tensors,
 )
+from tests.support.gating import REFUSED, close
 from tests.zoo import CASES
 from tests.zoo.case import Case
-
-REFUSED = ("lstm", "gru", "rnn", "recurrent", "conv_batch_norm_plain")
-"""The beginnings of the names of cases in which gates cannot mask every unit."""
 
 GATED = [
     pytest.param(case, id=case.name, marks=() if number % 4 == 0 else pytest.mark.slow)
@@ -38,14 +35,6 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
 
 
-def positions(coupling: fxprune.Coupling, removed: Mapping[str, list[int]]) -> Tensor:
-    """Return which entries of ``coupling.units`` are removed, shape (units,)."""
-    units = [group.units[removed[group.name]] for group in coupling.groups]
-    return torch.isin(
-        torch.from_numpy(coupling.units), torch.cat([torch.from_numpy(u) for u in units])
-    )
-
-
 @pytest.mark.parametrize("case", GATED)
 def test_closed_gates_equal_the_pruned_model(case: Case) -> None:
     torch.manual_seed(0)
@@ -53,12 +42,11 @@ def test_closed_gates_equal_the_pruned_model(case: Case) -> None:
     x: Any = as_dtype(case.inputs(3), torch.float64)
     coupling = fxprune.analyze(model, x)
     pruned = fxprune.prune(model, x, channels=0.5, criterion="random")
-    removed = {g.name: sorted({*range(g.size)} - {*g.kept}) for g in pruned.plan.groups}
     # statistics over channels count a closed unit as a zero, until it is removed
     normalised = any(group.normalised for group in coupling.groups)
     reference = masked(model, pruned.model) if normalised else pruned.model
     with Gates(model, coupling) as gates, torch.no_grad():
-        gates.values[positions(coupling, removed)] = 0
+        close(gates, coupling, pruned.plan)
         for training in (True, False):
             given, expected = [], []
             for module, outputs in ((model, given), (reference, expected)):

@@ -9,6 +9,7 @@ from fxprune.training.compensation import Compensation
 from fxprune.training.distillation import Distillation, soft_target_loss
 from fxprune.training.gates import Gates
 from fxprune.training.growing import GrowingRegularisation
+from fxprune.training.penalty import Penalty
 from fxprune.training.schedules import (
     Constant,
     Cosine,
@@ -33,6 +34,7 @@ __all__ = [
     "Growing",
     "GrowingRegularisation",
     "Linear",
+    "Penalty",
     "Schedule",
     "soft_target_loss",
 ]

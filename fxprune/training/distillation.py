@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from fxprune.common.compiled import uncompiled
 from fxprune.common.contents import leaves_of
 from fxprune.common.hooks import in_mode
-from fxprune.common.numbers import check_number
-from fxprune.common.public import calling_user_code, public, short_repr
+from fxprune.common.numbers import check_integer, check_number
+from fxprune.common.public import calling_user_code, iterate_user_input, public, short_repr
 from fxprune.errors import ArgumentError, ModelError
 from fxprune.inputs import ExampleInputs, as_call
 from fxprune.result.plan import stored_plan
@@ -67,7 +67,8 @@ def soft_target_loss(
     if not isinstance(student, Tensor) or not isinstance(teacher, Tensor):
         kinds = f"{type(student).__name__} and {type(teacher).__name__}"
         raise ArgumentError(f"logits must be tensors, not {kinds}.")
-    if student.shape != teacher.shape or not -student.dim() <= dim < student.dim():
+    dim = check_integer("dim", dim, -student.dim())
+    if student.shape != teacher.shape or dim >= student.dim():
         raise ArgumentError(
             f"logits of shapes {tuple(student.shape)} and {tuple(teacher.shape)} cannot be "
             f"compared along dim={dim!r}: they must have the same classes there."
@@ -311,10 +312,12 @@ def _checked_names(features: object) -> tuple[str, ...]:
     """Return names of modules as a tuple."""
     if isinstance(features, str):
         return (features,)
-    found = tuple(features) if isinstance(features, Iterable) else (features,)
-    wrong = next((name for name in found if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise ArgumentError(f"features: {short_repr(wrong)} is no name of a module.")
+    if not isinstance(features, Iterable):
+        raise ArgumentError(f"features={short_repr(features)}: give a list of names of modules.")
+    found = tuple(iterate_user_input(features, "features"))
+    for name in found:
+        if not isinstance(name, str):
+            raise ArgumentError(f"features: {short_repr(name)} is no name of a module.")
     return tuple(dict.fromkeys(found))
 
 

@@ -155,7 +155,8 @@ def _pairs(
         raise ArgumentError(
             f"features: {name!r} gives {_listed(shapes[0])} in the pruned model, and "
             f"{_listed(shapes[1])} survives of what it gives in the dense one. Call the pruned "
-            "model inside the context, on the inputs that the loss gets."
+            "model inside the context, on the inputs that the loss gets; if one model does not "
+            "call the module at all, name another."
         )
     return zip(given, expected, strict=True)
 

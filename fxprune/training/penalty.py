@@ -15,8 +15,11 @@ from fxprune.training.schedules import Schedule, as_schedule, value_at
 __all__ = ["Penalty", "checked_unit_strengths"]
 
 
+@public
 class Penalty(ABC):
     """A term of the loss: call it for its value, and call :meth:`step` after each update.
+
+    This is the base of all penalties. One of your own computes its value in ``_value()``.
 
     Parameters
     ----------
@@ -34,6 +37,16 @@ class Penalty(ABC):
     ------
     ArgumentError
         If ``strength`` is neither a number of at least 0 nor a schedule.
+
+    Examples
+    --------
+    >>> import fxprune; from fxprune.training import GroupSparsity, Linear; from torch import nn
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> coupling = fxprune.analyze(net, torch.zeros(1, 3))
+    >>> penalty = GroupSparsity(net, coupling, strength=Linear(0, 0.1, steps=100))
+    >>> penalty.step()
+    >>> penalty.steps, penalty.strength
+    (1, 0.001)
     """
 
     def __init__(self, strength: float | Schedule) -> None:

@@ -89,10 +89,10 @@ class _Interval(ABC):
     def _at(self, done: float) -> float:
         """Return the value when this share of the steps is done."""
 
-    def _mixed(self, left: float) -> float:
-        """Return the value of which the share ``left`` of the way is left."""
+    def _after(self, way: float) -> float:
+        """Return the value after a share of the way from the start to the end."""
         # in this form, both ends are exact
-        return self.start * left + self.end * (1 - left)
+        return self.start * (1 - way) + self.end * way
 
 
 @public
@@ -120,7 +120,7 @@ class Linear(_Interval):
 
     def _at(self, done: float) -> float:
         """Return the value when this share of the steps is done."""
-        return self._mixed(1 - done)
+        return self._after(done)
 
 
 @public
@@ -153,7 +153,7 @@ class Cosine(_Interval):
 
     def _at(self, done: float) -> float:
         """Return the value when this share of the steps is done."""
-        return self._mixed((1 + math.cos(math.pi * done)) / 2)
+        return self._after((1 - math.cos(math.pi * done)) / 2)
 
 
 @public
@@ -186,7 +186,7 @@ class Cubic(_Interval):
 
     def _at(self, done: float) -> float:
         """Return the value when this share of the steps is done."""
-        return self._mixed((1 - done) ** 3)
+        return self._after(1 - (1 - done) ** 3)
 
 
 @public

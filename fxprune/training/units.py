@@ -53,13 +53,14 @@ class UnitSums:
         for name, _ in model.named_parameters():
             if name in coupling.parameters:
                 self._shapes[name] = coupling.parameters[name].shape
-        # (parameter's name, dimensions to sum over, the place of each remaining sum)
-        self._parts: list[tuple[str, list[int], Tensor]] = []
+        # parameter's name -> for each field the dimensions to sum over, and the place of each sum
+        self._parts: dict[str, list[tuple[list[int], Tensor]]] = {}
         for name in self._shapes:
             for labels in coupling.parameter_labels(name):
                 if coupling.role(name, coupling.shrinking_dim(labels)) in kinds:
                     summed = [d for d, size in enumerate(labels.shape) if size == 1]
-                    self._parts.append((name, summed, torch.from_numpy(place[labels].ravel())))
+                    part = summed, torch.from_numpy(place[labels].ravel())
+                    self._parts.setdefault(name, []).append(part)
 
     def __call__(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the sum of ``function(parameter)`` over each unit's elements.
@@ -81,13 +82,14 @@ class UnitSums:
             If the model's parameters are no longer those that were analysed.
         """
         parameters = self._parameters()
-        first = parameters[self._parts[0][0]] if self._parts else torch.zeros(())
+        first = next((parameters[name] for name in self._parts), torch.zeros(()))
         dtype = torch.promote_types(first.dtype, torch.float32)
         total = torch.zeros(self.count + 1, dtype=dtype, device=first.device)
-        for name, summed, index in self._parts:
+        for name, fields in self._parts.items():
             values = function(parameters[name].to(dtype))
-            values = values.sum(summed) if summed else values
-            total = total.index_add(0, index.to(first.device), values.reshape(-1))
+            for summed, index in fields:
+                sums = values.sum(summed) if summed else values
+                total = total.index_add(0, index.to(first.device), sums.reshape(-1))
         return total[:-1]
 
     def _parameters(self) -> dict[str, Tensor]:
