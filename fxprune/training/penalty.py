@@ -12,7 +12,7 @@ from fxprune.common.public import public, short_repr
 from fxprune.errors import ArgumentError
 from fxprune.training.schedules import Schedule, as_schedule, value_at
 
-__all__ = ["Penalty", "checked_unit_strengths"]
+__all__ = ["Penalty", "checked_unit_strengths", "weighted_sum"]
 
 
 @public
@@ -114,3 +114,12 @@ def checked_unit_strengths(strengths: Any, count: int) -> Tensor | None:
     if not bool((found.isfinite() & (found >= 0)).all()):
         raise ArgumentError("unit_strengths holds numbers below 0, infinity or NaN.")
     return found
+
+
+def weighted_sum(values: Tensor, strengths: Tensor | None) -> Tensor:
+    """Return the sum of the units' values, (units,), times their strengths if there are any.
+
+    >>> weighted_sum(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.5]))
+    tensor(2.)
+    """
+    return values.sum() if strengths is None else (strengths.to(values) * values).sum()

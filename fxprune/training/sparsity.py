@@ -12,7 +12,8 @@ from fxprune.common.arrays import Floats
 from fxprune.common.public import public
 from fxprune.coupling import Coupling
 from fxprune.errors import ArgumentError
-from fxprune.training.penalty import Penalty, checked_unit_strengths
+from fxprune.rewrite.survivors import Mask
+from fxprune.training.penalty import Penalty, checked_unit_strengths, weighted_sum
 from fxprune.training.schedules import Schedule
 from fxprune.training.units import UnitSums
 
@@ -74,7 +75,7 @@ class GroupSparsity(Penalty):
         squares = self._sums(torch.square)
         # The root has an infinite gradient at zero, so clamp units that are zero already.
         norms = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
-        return norms.sum() if self._factors is None else (self._factors.to(norms) * norms).sum()
+        return weighted_sum(norms, self._factors)
 
 
 @public
@@ -126,26 +127,23 @@ class BNScaleSparsity(Penalty):
         super().__init__(strength)
         self._sums = UnitSums(model, coupling, roles=("scale",))
         self._factors = checked_unit_strengths(unit_strengths, self._sums.count)
-        with torch.no_grad():
-            passed = self._sums(torch.ones_like).cpu().numpy() > 0
-        if not passed.any():
+        if not self._sums.reached.any():
             raise ArgumentError(
                 "no unit of this coupling passes a normalisation with a scale, so there is "
                 "nothing to penalise: choose GroupSparsity."
             )
-        self.without_scale: Mapping[str, tuple[int, ...]] = _missing(coupling, passed)
+        self.without_scale: Mapping[str, tuple[int, ...]] = _missing(coupling, self._sums.reached)
 
     def _value(self) -> Tensor:
         """Return the weighted sum of the absolute scales."""
-        sums = self._sums(torch.abs)
-        return sums.sum() if self._factors is None else (self._factors.to(sums) * sums).sum()
+        return weighted_sum(self._sums(torch.abs), self._factors)
 
 
-def _missing(coupling: Coupling, passed: np.ndarray) -> dict[str, tuple[int, ...]]:
-    """Return the indices of the units of each group for which ``passed``, (units,), is False."""
+def _missing(coupling: Coupling, reached: Mask) -> dict[str, tuple[int, ...]]:
+    """Return the indices of the units of each group that are not reached, (units,)."""
     found = {}
     for group in coupling.groups:
-        there = passed[np.searchsorted(coupling.units, group.units)]
+        there = reached[np.searchsorted(coupling.units, group.units)]
         if not there.all():
             found[group.name] = tuple(np.flatnonzero(~there).tolist())
     return found

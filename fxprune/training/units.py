@@ -27,6 +27,13 @@ class UnitSums:
     roles:
         Which elements count, of :data:`~fxprune.criteria.views.ROLES`.
 
+    Attributes
+    ----------
+    count:
+        Number of units.
+    reached:
+        Whether each unit has an element that counts, shape (units,).
+
     Raises
     ------
     ModelError, ArgumentError
@@ -48,6 +55,7 @@ class UnitSums:
         place = np.full(coupling.context.units.count, len(units), dtype=np.int64)
         place[units] = np.arange(len(units))
         self.count = len(units)
+        self.reached = np.zeros(len(units) + 1, dtype=bool)
         self.model = model
         self._shapes: dict[str, torch.Size] = {}
         for name, _ in model.named_parameters():
@@ -59,8 +67,10 @@ class UnitSums:
             for labels in coupling.parameter_labels(name):
                 if coupling.role(name, coupling.shrinking_dim(labels)) in kinds:
                     summed = [d for d, size in enumerate(labels.shape) if size == 1]
-                    part = summed, torch.from_numpy(place[labels].ravel())
-                    self._parts.setdefault(name, []).append(part)
+                    index = place[labels].ravel()
+                    self.reached[index] = True
+                    self._parts.setdefault(name, []).append((summed, torch.from_numpy(index)))
+        self.reached = self.reached[:-1]
 
     def __call__(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the sum of ``function(parameter)`` over each unit's elements.
@@ -85,12 +95,18 @@ class UnitSums:
         first = next((parameters[name] for name in self._parts), torch.zeros(()))
         dtype = torch.promote_types(first.dtype, torch.float32)
         total = torch.zeros(self.count + 1, dtype=dtype, device=first.device)
+        self._move(first.device)
         for name, fields in self._parts.items():
             values = function(parameters[name].to(dtype))
             for summed, index in fields:
                 sums = values.sum(summed) if summed else values
-                total = total.index_add(0, index.to(first.device), sums.reshape(-1))
+                total = total.index_add(0, index, sums.reshape(-1))
         return total[:-1]
+
+    def _move(self, device: torch.device) -> None:
+        """Put the places of the sums on a device, once."""
+        for fields in self._parts.values():
+            fields[:] = [(summed, index.to(device)) for summed, index in fields]
 
     def _parameters(self) -> dict[str, Tensor]:
         """Return the model's parameters by name, or raise an error if they have changed."""
