@@ -1,6 +1,7 @@
 """Gates: closed ones equal the pruned model, and removing them leaves nothing behind."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import ArgumentError, CallbackError, ModelError
-from fxprune.training import Constant, Gates, Linear
+from fxprune.training import Constant, Gates, HardConcreteGates, Linear
 from tests.support.checking import (
     as_dtype,
     assert_unharmed,
@@ -199,6 +200,71 @@ def test_training_closes_the_gate_of_a_useless_unit() -> None:
     assert useless < 0.01
     # the mean of (g - 1)^2 x^2 + 0.05 g is least at g = 1 - 0.025 / mean(x^2)
     assert useful == pytest.approx(1 - 0.025 / x[:, 0].square().mean().item(), abs=0.01)
+
+
+# -- gates of the hard concrete distribution
+
+
+def test_hard_concrete_gates_start_open() -> None:
+    model, x = network().eval(), torch.randn(4, 2)
+    expected, coupling, before = model(x), fxprune.analyze(model, x), snapshot(model)
+    with HardConcreteGates(model, coupling, strength=0.5) as gates:
+        assert torch.equal(model(x), expected)
+        # P(g > 0) = sigmoid(3 - 2/3 log(0.1 / 1.1)), for three units
+        open_share = 1 / (1 + math.exp(-3 + 2 / 3 * math.log(0.1 / 1.1)))
+        assert gates().item() == pytest.approx(0.5 * 3 * open_share)
+    assert_unharmed(model, before)
+
+
+def test_the_draw_is_that_of_the_formula_and_shared_by_all_weights() -> None:
+    model, x = network().train(), torch.randn(4, 2)
+    with HardConcreteGates(model, fxprune.analyze(model, x)) as gates:
+        with torch.no_grad():
+            gates.values.copy_(torch.tensor([0.0, 1.0, -1.0]))
+        torch.manual_seed(5)
+        model(x)
+        torch.manual_seed(5)
+        u = torch.empty(3).uniform_(1e-6, 1 - 1e-6)
+        s = (((u / (1 - u)).log() + gates.values) / (2 / 3)).sigmoid()
+        expected = (s * 1.2 - 0.1).clamp(0, 1)
+        torch.testing.assert_close(model[1].weight, expected)  # the scales are 1
+        original = model[0].parametrizations["weight"].original
+        torch.testing.assert_close(model[0].weight, original * expected[:, None])
+
+
+def test_gates_open_as_often_as_the_penalty_says() -> None:
+    units = 4000
+    model = nn.Sequential(nn.Linear(1, units, bias=False), nn.Linear(units, 1)).train()
+    nn.init.ones_(model[0].weight)
+    with HardConcreteGates(model, fxprune.analyze(model, torch.zeros(1, 1))) as gates:
+        with torch.no_grad():
+            gates.values.zero_()
+        torch.manual_seed(0)
+        model(torch.zeros(1, 1))
+        found, expected = (model[0].weight != 0).double().mean(), gates().item() / units
+    # the standard deviation of the share is sqrt(0.83 * 0.17 / 4000) = 0.006
+    assert found.item() == pytest.approx(expected, abs=0.025)
+
+
+def test_training_closes_gates_for_good() -> None:
+    """The units of the closed gates go, and the outputs stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.Linear(4, 1, bias=False)).train()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0], [0, 1], [0, 1], [1, 0]]))
+        model[1].weight.copy_(torch.tensor([[1.0, 0.01, -0.01, 0.01]]))
+    x = torch.randn(64, 2)
+    coupling = fxprune.analyze(model, x)
+    with HardConcreteGates(model, coupling, strength=0.05) as gates:
+        optimiser = torch.optim.Adam([gates.values], lr=0.1)
+        for _ in range(150):
+            optimiser.zero_grad()
+            ((model(x) - x[:, :1]).square().mean() + gates()).backward()
+            optimiser.step()
+    expected = model.eval()(x)
+    pruned = fxprune.prune(model, x, channels=0.25, criterion=gates)
+    assert pruned.plan.groups[0].kept == (0,)
+    torch.testing.assert_close(pruned.model(x), expected)
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,10 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         lambda: penalised(plan=made()["pruned"].plan, delta=0.1, every=1, ceiling=1.0),
     ),
     "Gates": (functools.partial(penalty, training.Gates), lambda: penalised(strength=0.1)),
+    "HardConcreteGates": (
+        functools.partial(penalty, training.HardConcreteGates),
+        lambda: penalised(strength=0.1),
+    ),
     "Distillation": (
         distilled,
         lambda: {
@@ -497,6 +501,7 @@ PUBLIC = [
     training.Gates,
     training.Growing,
     training.GrowingRegularisation,
+    training.HardConcreteGates,
     training.Linear,
     training.soft_target_loss,
 ]

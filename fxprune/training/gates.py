@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from fxprune.common.arrays import Floats
-from fxprune.common.contents import named_tensors, tensors_of
-from fxprune.common.identity import IdentityMap, IdentitySet
 from fxprune.common.public import public
 from fxprune.coupling import Coupling, check_coupling
-from fxprune.errors import ArgumentError, ModelError
-from fxprune.ops import bind
+from fxprune.errors import ArgumentError
+from fxprune.training.gating import GatedWeights
 from fxprune.training.penalty import Penalty
 from fxprune.training.schedules import Schedule
 
-__all__ = ["Gates"]
+__all__ = ["Gates", "HardConcreteGates"]
 
-_MAKING = ("own", "scale")
-"""The roles of the elements that make a unit. The others read it."""
+Self = TypeVar("Self", bound="Gates")
 
 
 @public
@@ -85,39 +82,27 @@ class Gates(Penalty):
     >>> pruned = fxprune.prune(net, x, channels=0.5, criterion=gates)
     """
 
+    _START = 1.0
+
     def __init__(
         self, model: nn.Module, coupling: Coupling, *, strength: float | Schedule = 1.0
     ) -> None:
         super().__init__(strength)
         check_coupling(coupling, model)
-        _check_statistics(coupling)
-        self.model = model
         first = next(model.parameters(), torch.zeros(()))
         dtype = torch.promote_types(first.dtype, torch.float32)
         count = len(coupling.units)
-        self.values = nn.Parameter(torch.ones(count, dtype=dtype, device=first.device))
+        start = torch.full((count,), self._START, dtype=dtype, device=first.device)
+        self.values = nn.Parameter(start)
         self._groups = {
             group.name: np.searchsorted(coupling.units, group.units) for group in coupling.groups
         }
-        self._attach(_factors(model, coupling, self.values))
+        self._source = self._made_source()
+        self._weights = GatedWeights(model, coupling, self._source)
 
-    def _attach(self, factors: IdentityMap[Tensor, _Factor]) -> None:
-        """Put the factor of each tensor before all places of the model that hold the tensor."""
-        _check_reached(self.model, factors)
-        gated = [_Gated(module, factors) for module in self.model.modules()]
-        self._gated = [one for one in gated if one.originals]
-        try:
-            for one in self._gated:
-                one.attach()
-        except BaseException:
-            self._detach()
-            raise
-
-    def _detach(self) -> None:
-        """Take the factors away, and leave the tensors as before."""
-        for one in self._gated:
-            one.detach()
-        self._gated = []
+    def _made_source(self) -> nn.Module:
+        """Return the module that gives the gates whenever a weight is read."""
+        return _Values(self.values)
 
     @public
     def remove(self) -> None:
@@ -126,15 +111,9 @@ class Gates(Penalty):
         The parameters are the same objects as before, with the values that forward read. A second
         call does nothing.
         """
-        # a tensor in several places has one value, which is written once for each
-        writes = [(one.originals, one.values()) for one in self._gated]
-        self._detach()
-        with torch.no_grad():
-            for originals, values in writes:
-                for name, tensor in originals.items():
-                    tensor.copy_(values[name])
+        self._weights.fold()
 
-    def __enter__(self) -> Gates:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(
@@ -149,9 +128,13 @@ class Gates(Penalty):
         """Return the sum of the absolute gates."""
         return self.values.abs().sum()
 
+    def _importance(self) -> Tensor:
+        """Return the importance of each unit, (units,)."""
+        return self.values.abs()
+
     @public
     def scores(self, coupling: Coupling, model: nn.Module) -> Floats:
-        """Return the absolute gate of each unit, as a criterion does.
+        """Return the importance of each unit, as a criterion does.
 
         Parameters
         ----------
@@ -171,7 +154,7 @@ class Gates(Penalty):
             If ``coupling`` is not an analysis of ``model``, or has a group without gates.
         """
         check_coupling(coupling, model)
-        values = self.values.detach().abs().to("cpu", torch.float64).numpy()
+        values = self._importance().detach().to("cpu", torch.float64).numpy()
         scores = np.zeros(coupling.context.units.count)
         for group in coupling.groups:
             places = self._groups.get(group.name)
@@ -184,164 +167,128 @@ class Gates(Penalty):
         return scores
 
 
-class _Factor(nn.Module):
-    """Multiplies a tensor by the gates of the units that its elements belong to.
+class _Values(nn.Module):
+    """Gives the gates: the parameter itself."""
 
-    Parameters
-    ----------
-    gates:
-        The gates.
-    fields:
-        For each field of the tensor the place of each element's gate, and whether the elements
-        make the unit. Those that only read it are multiplied by 0 if the gate is 0, else by 1.
-    """
-
-    def __init__(self, gates: nn.Parameter, fields: list[tuple[Tensor, bool]]) -> None:
+    def __init__(self, values: nn.Parameter) -> None:
         super().__init__()
-        self.gates = gates
-        self.makes = [makes for _, makes in fields]
-        for number, (place, _) in enumerate(fields):
-            # not saved: it follows from the coupling
-            self.register_buffer(f"place{number}", place, persistent=False)
+        self.values = values
 
-    def forward(self, tensor: Tensor) -> Tensor:
-        """Return the gated tensor."""
-        # elements of no unit have the factor 1 behind the last gate
-        gates = torch.cat([self.gates, self.gates.new_ones(1)]).to(tensor.dtype)
-        for number, makes in enumerate(self.makes):
-            factors = gates if makes else (gates.detach() != 0).to(tensor.dtype)
-            tensor = tensor * factors[self.get_buffer(f"place{number}")]
-        return tensor
+    def forward(self) -> Tensor:
+        """Return the gates."""
+        return self.values
 
 
-class _Gated:
-    """A module some of whose tensors get gates.
+@public
+class HardConcreteGates(Gates):
+    r"""Gates that are open or closed by chance while training, and the L0 penalty on them.
+
+    The penalty is the expected number of open gates, :math:`\sum_u P(g_u \ne 0)`. Training closes
+    gates for good, and a unit with a closed gate is removed at no cost. In evaluation mode the
+    gates are not drawn, and most are exactly 0 or exactly 1. All else is as for :class:`Gates`.
 
     Parameters
     ----------
-    module:
-        The module.
-    factors:
-        The factor of each tensor that gets gates.
+    model, coupling, strength:
+        As for :class:`Gates`. Each call of ``model`` in training mode draws the gates anew, once
+        for all weights.
 
     Attributes
     ----------
-    originals:
-        Its tensors that get gates, by name.
-    """
-
-    def __init__(self, module: nn.Module, factors: IdentityMap[Tensor, _Factor]) -> None:
-        self.module, self._kind = module, type(module)
-        self._stores = [(store, dict(store)) for store in (module._parameters, module._buffers)]
-        self._unsaved = set(module._non_persistent_buffers_set)
-        self.originals: dict[str, Tensor] = {}
-        for _, tensors in self._stores:
-            self.originals |= {name: t for name, t in tensors.items() if t in factors}
-        self._factors = factors
-
-    def attach(self) -> None:
-        """Put the factors before the tensors."""
-        if parametrize.is_parametrized(self.module):
-            # torch adds properties to the class, which copies of the module share
-            members = {k: v for k, v in vars(self._kind).items() if k not in _NOT_COPIED}
-            self.module.__class__ = type(self._kind.__name__, self._kind.__bases__, members)
-        for name, tensor in self.originals.items():
-            parametrize.register_parametrization(self.module, name, self._factors[tensor])
-
-    def values(self) -> dict[str, Tensor]:
-        """Return copies of the gated tensors by name."""
-        return {name: getattr(self.module, name).detach().clone() for name in self.originals}
-
-    def detach(self) -> None:
-        """Make the tensors ordinary ones again, in their order.
-
-        The class with the gates stays as it is, because copies of the module may have it, too.
-        """
-        for name in self.originals:
-            if parametrize.is_parametrized(self.module, name):
-                del self.module.parametrizations[name]
-        if "parametrizations" in self.module._modules and not self.module.parametrizations:
-            del self.module._modules["parametrizations"]
-        self.module.__class__ = self._kind
-        for store, tensors in self._stores:
-            store.clear()
-            store.update(tensors)
-        self.module._non_persistent_buffers_set.update(self._unsaved)
-
-
-_NOT_COPIED = ("__dict__", "__weakref__")
-
-
-def _factors(
-    model: nn.Module, coupling: Coupling, gates: nn.Parameter
-) -> IdentityMap[Tensor, _Factor]:
-    """Return the factor of each tensor of a model that holds elements of units."""
-    place = np.full(coupling.context.units.count, len(coupling.units), dtype=np.int64)
-    place[coupling.units] = np.arange(len(coupling.units))
-    # training writes running statistics
-    statistics = _tensors_given(coupling, _STATISTICS)
-    # A direction is divided by its norm. The length that multiplies it makes the unit.
-    directions = _tensors_given(coupling, ("v",), "g")
-    found: IdentityMap[Tensor, _Factor] = IdentityMap()
-    for name, tensor in named_tensors(model).items():
-        labelled = coupling.parameters.get(name)
-        if labelled is None or labelled in statistics or not tensor.is_floating_point():
-            continue
-        fields = []
-        for labels in coupling.parameter_labels(name):
-            makes = coupling.role(name, coupling.shrinking_dim(labels)) in _MAKING
-            if not (makes and labelled in directions):
-                fields.append((torch.from_numpy(place[labels]).to(gates.device), makes))
-        if fields:
-            found[tensor] = _Factor(gates, fields)
-    return found
-
-
-def _calls_with(coupling: Coupling, *names: str) -> Iterator[dict[str, Tensor]]:
-    """Yield the arguments of each operation of the graphs that is given tensors of these names."""
-    for calls in coupling.context.found.ran.values():
-        for func, args, kwargs in calls:
-            given = bind(func, args, kwargs)
-            if all(isinstance(given.get(name), Tensor) for name in names):
-                yield given
-
-
-_STATISTICS = ("running_mean", "running_var")
-
-
-def _tensors_given(coupling: Coupling, names: Sequence[str], *also: str) -> IdentitySet[Tensor]:
-    """Return the tensors of these names that operations are given, together with other ones."""
-    calls = _calls_with(coupling, *names, *also)
-    return IdentitySet(given[name] for given in calls for name in names)
-
-
-def _check_statistics(coupling: Coupling) -> None:
-    """Refuse units whose running statistics no scale multiplies: they are not zero when closed."""
-    names = IdentityMap((tensor, name) for name, tensor in coupling.parameters.items())
-    for given in _calls_with(coupling, *_STATISTICS):
-        mean = given["running_mean"]
-        if given.get("weight") is None and coupling.labels(mean):
-            name = names.get(mean, "running_mean").rpartition(".")[0]
-            raise ArgumentError(
-                f"{name!r} normalises by running statistics without a scale, so that a closed "
-                "gate would leave minus the mean. Give it a scale (affine=True), or analyse the "
-                f"model with keep={name!r}."
-            )
-
-
-def _check_reached(model: nn.Module, factors: IdentityMap[Tensor, _Factor]) -> None:
-    """Refuse a model that holds a gated tensor where its module's attribute does not lead.
+    values:
+        The parameter :math:`\log \alpha` of each gate, shape (units,); 3 at first, so that all
+        gates are 1 in evaluation mode.
 
     Raises
     ------
-    ModelError
-        If there is one. Forward could read it without its gates.
+    ModelError, ArgumentError
+        As for :class:`Gates`.
+
+    Notes
+    -----
+    Louizos et al., "Learning Sparse Neural Networks through L0 Regularization", ICLR 2018, eqs. 10
+    to 13, with their :math:`\beta = 2/3`, :math:`\gamma = -0.1`, :math:`\zeta = 1.1`:
+
+    .. math:: g = \min(1, \max(0, s (\zeta - \gamma) + \gamma)), \quad
+        s = \sigma((\log u - \log(1 - u) + \log \alpha) / \beta), \quad u \sim U(0, 1)
+
+    and :math:`s = \sigma(\log \alpha)` in evaluation mode. A batch shares its draw, as in the
+    paper.
+
+    Examples
+    --------
+    >>> import fxprune
+    >>> net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.ones(5, 3)
+    >>> with HardConcreteGates(net, fxprune.analyze(net, x), strength=1e-3) as gates:
+    ...     optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    ...     (net(x).square().mean() + gates()).backward()
+    ...     optimiser.step()
+    >>> pruned = fxprune.prune(net, x, channels=0.5, criterion=gates)
     """
-    registers = ("_parameters", "_buffers", "_modules")
-    for path, module in model.named_modules():
-        others = [value for name, value in vars(module).items() if name not in registers]
-        if any(tensor in factors for tensor in tensors_of(others)):
-            raise ModelError(
-                f"{path or 'the model'!r} also keeps its parameters in a list, as recurrent "
-                "layers do, where gates do not reach them. Analyse the model with it in keep=."
-            )
+
+    _START = 3.0
+
+    def __init__(
+        self, model: nn.Module, coupling: Coupling, *, strength: float | Schedule = 1.0
+    ) -> None:
+        super().__init__(model, coupling, strength=strength)
+        self._handle = model.register_forward_pre_hook(self._source.draw)
+
+    def _made_source(self) -> _HardConcrete:
+        """Return the module that gives the gates whenever a weight is read."""
+        return _HardConcrete(self.values)
+
+    @public
+    def remove(self) -> None:
+        """Write the weights of evaluation mode into the parameters, and take the gates away.
+
+        The parameters are the same objects as before. A second call does nothing.
+        """
+        self._handle.remove()
+        self._source.noise = None
+        super().remove()
+
+    def _importance(self) -> Tensor:
+        """Return the probability that each gate is open."""
+        return torch.sigmoid(self.values - _BETA * math.log(-_GAMMA / _ZETA))
+
+    def _value(self) -> Tensor:
+        """Return the expected number of open gates."""
+        return self._importance().sum()
+
+
+_BETA, _GAMMA, _ZETA = 2 / 3, -0.1, 1.1
+
+
+class _HardConcrete(nn.Module):
+    """Gives gates of the hard concrete distribution, or their value in evaluation mode.
+
+    Attributes
+    ----------
+    noise:
+        :math:`\\log u - \\log(1 - u)` for each gate; None in evaluation mode.
+    """
+
+    def __init__(self, values: nn.Parameter) -> None:
+        super().__init__()
+        self.values = values
+        self.noise: Tensor | None = None
+
+    def draw(self, model: nn.Module, given: object) -> None:
+        """Draw the noise of the next call of a model: the hook before each call."""
+        self.noise = None
+        if model.training:
+            share = torch.empty_like(self.values).uniform_(_TINY, 1 - _TINY).detach()
+            self.noise = share.log() - (-share).log1p()
+
+    def forward(self) -> Tensor:
+        """Return the gates."""
+        if self.noise is None:
+            concrete = torch.sigmoid(self.values)
+        else:
+            concrete = torch.sigmoid((self.values + self.noise) / _BETA)
+        return (concrete * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
+
+
+_TINY = 1e-6
+"""How far a uniform number stays from 0 and 1, whose logarithms are infinite."""
