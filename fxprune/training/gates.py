@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import TracebackType
-from typing import TypeVar
+from typing import Self
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from fxprune.training.penalty import Penalty
 from fxprune.training.schedules import Schedule
 
 __all__ = ["Gates", "HardConcreteGates"]
-
-Self = TypeVar("Self", bound="Gates")
 
 
 @public
@@ -113,7 +111,7 @@ class Gates(Penalty):
         """
         self._weights.fold()
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -278,7 +276,7 @@ class _HardConcrete(nn.Module):
         """Draw the noise of the next call of a model: the hook before each call."""
         self.noise = None
         if model.training:
-            share = torch.empty_like(self.values).uniform_(_TINY, 1 - _TINY).detach()
+            share = torch.empty_like(self.values).uniform_(_MARGIN, 1 - _MARGIN).detach()
             self.noise = share.log() - (-share).log1p()
 
     def forward(self) -> Tensor:
@@ -290,5 +288,5 @@ class _HardConcrete(nn.Module):
         return (concrete * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
 
 
-_TINY = 1e-6
+_MARGIN = 1e-6
 """How far a uniform number stays from 0 and 1, whose logarithms are infinite."""
