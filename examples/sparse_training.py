@@ -20,8 +20,8 @@ import fxprune
 from examples.digits import DigitNet, accuracy, load_data
 from fxprune import training
 
+# a part of the loss: a function of the output of a network and its inputs
 Term = Callable[[Tensor, Tensor], Tensor]
-"""A function of the output of a network and its inputs, which is added to the loss."""
 
 
 def fit(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, term: Term) -> None:
@@ -59,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     model, example = DigitNet(width=16), torch.zeros(1, 1, 8, 8)
     coupling = fxprune.analyze(model, example)
     steps = options.epochs * -(-len(images) // 64)
-
     lasso = training.GroupSparsity(model, coupling, strength=training.Cubic(0, 1e-3, steps))
     fit(model, images, labels, options.epochs, stepping(lasso))
     plan = fxprune.prune(model, example, macs=options.macs).plan
