@@ -125,7 +125,13 @@ def says_any(annotation: ast.expr | None) -> bool:
     )
 
 
-PUBLIC_FILES = ("__init__.py", "criteria/__init__.py", "latency/__init__.py", "cost.py")
+PUBLIC_FILES = (
+    "__init__.py",
+    "criteria/__init__.py",
+    "latency/__init__.py",
+    "training/__init__.py",
+    "cost.py",
+)
 """The files whose ``__all__`` users import from."""
 
 

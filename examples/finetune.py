@@ -73,6 +73,7 @@ from torchvision.transforms import v2
 
 import fxprune
 from fxprune.criteria import CRITERIA
+from fxprune.training import soft_target_loss
 
 AUGMENTATIONS: dict[str, Callable[[], nn.Module] | None] = {
     "none": None,
@@ -543,16 +544,6 @@ def share_of_rate(step: int, warm: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return the KL divergence of the softened outputs, times T^2.
-
-    With this factor its gradient has the size of the labels' gradient for any T.
-    """
-    student = F.log_softmax(logits / temperature, dim=1)
-    target = F.log_softmax(teacher / temperature, dim=1)
-    return temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
-
-
 def _at_least_single(outputs: Tensor) -> Tensor:
     """Return outputs in single precision, or in double precision if the model has it."""
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
@@ -582,9 +573,7 @@ def objective(run: Run, images: Tensor, labels: Tensor) -> Tensor:
     loss = main + AUXILIARY * sum(auxiliary)
     if taught is None:
         return loss
-    soft = distillation(
-        _at_least_single(outputs[0]), _at_least_single(taught), options.temperature
-    )
+    soft = soft_target_loss(outputs[0], taught, options.temperature, dim=1)
     return (1 - options.distill) * loss + options.distill * soft
 
 

@@ -5,7 +5,7 @@
 replays a plan, and :func:`load` reads a saved result.
 """
 
-from fxprune import criteria
+from fxprune import criteria, training
 from fxprune.api import analyze, apply, load, prune
 from fxprune.api_pruned import compensate, verify
 from fxprune.coupling import Axis, Coupling, Group, Pinned
@@ -78,5 +78,6 @@ __all__ = [
     "load",
     "prune",
     "register_rule",
+    "training",
     "verify",
 ]

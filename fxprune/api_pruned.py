@@ -18,10 +18,11 @@ from fxprune.inputs import ExampleInputs, read
 from fxprune.options import (
     check_pruned,
 )
-from fxprune.pipeline import proofs, replay, stages_of
+from fxprune.pipeline import proofs
 from fxprune.result.plan import Plan
 from fxprune.result.pruned import Pruned
 from fxprune.rewrite import Survivors
+from fxprune.stages import replay, stages_of
 from fxprune.training.compensation import Compensation, fold_constants
 from fxprune.training.least_squares import reconstruct
 from fxprune.verification import Verification

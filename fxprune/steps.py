@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from fxprune.common.compiled import uncompiled
 from fxprune.common.contents import named_tensors
 from fxprune.common.models import check_model
 from fxprune.common.numbers import as_number, as_path, check_integer, check_share
-from fxprune.common.public import guarded, public
+from fxprune.common.public import calling_user_code, guarded, public
 from fxprune.cost import cost_of
 from fxprune.errors import ArgumentError, PlanError, SignatureError
 from fxprune.options import kept_modules
 from fxprune.result.pruned import Pruned
 from fxprune.result.serialization import read_files, write_files
+from fxprune.training.schedules import Geometric, Schedule, value_at
 
 __all__ = ["Steps"]
 
@@ -36,9 +37,9 @@ _OPTIONS = frozenset(inspect.signature(prune).parameters) - {"model", "example_i
 class Steps:
     """Iterate over ever smaller models; train each in place in the body of the loop.
 
-    Step k of n prunes the model that the body left at step k - 1. It reaches ``budget ** (k / n)``
-    of the original model. So every step removes the same share, and the last step meets the
-    budget.
+    Step k of n prunes the model that the body left at step k - 1. By default it reaches ``budget
+    ** (k / n)`` of the original model. So every step removes the same share, and the last step
+    meets the budget.
 
     Parameters
     ----------
@@ -48,6 +49,10 @@ class Steps:
         Number of steps.
     macs, params:
         The final budgets, as shares of the original; at least one of them.
+    schedule:
+        How a budget is reached: a class of :mod:`fxprune.training.schedules`, or a function, that
+        makes a schedule of ``start=1``, ``end=budget`` and ``steps=count``. With
+        :class:`~fxprune.training.Cubic` the first steps remove most.
     folder:
         Where to save the model after each step. A run that was interrupted continues after the
         last step that it finished. If a step is killed, even while it is being saved, the folder
@@ -89,6 +94,7 @@ class Steps:
         count: int,
         macs: float | None = None,
         params: float | None = None,
+        schedule: Callable[[float, float, int], Schedule] = Geometric,
         folder: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
@@ -97,6 +103,8 @@ class Steps:
         check_model(model)
         count = check_integer("count", count)
         self.budget = _final_budget({"macs": macs, "params": params})
+        self.schedule = schedule
+        self._shares_at = _shares_by_step(schedule, self.budget, count)
         if "keep" in options:  # by names, because the smaller models have these too
             options["keep"] = tuple(sorted(kept_modules(model, options["keep"])))
         self.model, self.inputs, self.count, self.options = model, example_inputs, count, options
@@ -134,8 +142,8 @@ class Steps:
         """
         now = self._cost(current)
         shares: dict[str, Any] = {}
-        for name, part in self.budget.items():
-            goal = part ** (k / self.count) * start[name]
+        for name in self.budget:
+            goal = self._shares_at[name][k - 1] * start[name]
             shares[name] = min(1.0, goal / now[name]) if now[name] else 1.0
         return shares
 
@@ -190,6 +198,7 @@ class Steps:
         settings = {
             "count": self.count,
             "budget": self.budget,
+            "schedule": describe(self.schedule),
             "model": _digest(self.model),
             "inputs": describe(self.inputs),
             "options": describe(self.options),
@@ -199,7 +208,9 @@ class Steps:
             text = json.dumps(settings, sort_keys=True) + "\n"
             write_files(folder, {_SETTINGS: lambda path: path.write_text(text, encoding="utf-8")})
             return
-        found = _read_settings(read_files(folder, (_SETTINGS,))[_SETTINGS])
+        # versions without schedules wrote none
+        found = {"schedule": describe(Geometric)}
+        found |= _read_settings(read_files(folder, (_SETTINGS,))[_SETTINGS])
         other = [name for name in settings if found.get(name) != settings[name]]
         if other:
             was, now = ({name: run.get(name) for name in other} for run in (found, settings))
@@ -246,6 +257,32 @@ def _final_budget(shares: Mapping[str, float | None]) -> dict[str, float]:
         raise ArgumentError("nothing says how far to go: give macs= or params=, e.g. macs=0.25.")
     meaning = "the share of the original to end with"
     return {name: check_share(name, value, meaning) for name, value in given.items()}
+
+
+def _shares_by_step(
+    schedule: Callable[[float, float, int], Schedule], budget: Mapping[str, float], count: int
+) -> dict[str, list[float]]:
+    """Return for each budget the shares of the original after steps 1 to ``count``.
+
+    Raises
+    ------
+    ArgumentError
+        If ``schedule`` makes no schedule of shares that ends at the budget.
+    CallbackError
+        If it raises an error.
+    """
+    found = {}
+    for name, end in budget.items():
+        with calling_user_code("schedule(1, budget, count)"):
+            made = schedule(1.0, end, count)
+        shares = [value_at(made, k) for k in range(1, count + 1)]
+        if not all(0 < share <= 1 for share in shares) or shares[-1] != end:
+            raise ArgumentError(
+                f"schedule: for {name}={end:g} it gives {shares!s:.100}, which are no shares in "
+                "(0, 1] that end at the budget. Give a class such as fxprune.training.Cubic."
+            )
+        found[name] = shares
+    return found
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from torchvision.datasets import ImageFolder
 
 import fxprune
 from examples import finetune as script
+from fxprune.training import soft_target_loss
 from tests.support.training_ranks import fsdp_is_there
 
 SCRIPT = Path(script.__file__)
@@ -479,14 +480,6 @@ def test_normalisations_and_biases_do_not_decay(finetune: Any) -> None:
     assert len(others["params"]) == 4
 
 
-def test_distillation_is_the_divergence_of_softened_outputs(finetune: Any) -> None:
-    student, teacher = torch.randn(2, 4, 5, dtype=torch.float64)
-    soft, softer = (torch.softmax(logits / 3, dim=1) for logits in (teacher, student))
-    expected = 9 * (soft * (soft / softer).log()).sum(1).mean()
-    torch.testing.assert_close(finetune.distillation(student, teacher, 3.0), expected)
-    assert finetune.distillation(teacher, teacher, 3.0).item() == pytest.approx(0)
-
-
 def prepared(finetune: Any, model: nn.Module, teacher: nn.Module | None, **options: Any) -> Any:
     """Return a run with only the parts that its loss depends on."""
     settings = {"amp": "none", "smoothing": 0.1, "distill": 0.25, "temperature": 2.0, **options}
@@ -506,7 +499,7 @@ def test_the_loss_weighs_labels_and_teacher(finetune: Any) -> None:
     torch.testing.assert_close(
         finetune.objective(prepared(finetune, model, None), images, labels), plain
     )
-    soft = finetune.distillation(model(images), teacher(images), 2.0)
+    soft = soft_target_loss(model(images), teacher(images), 2.0)
     torch.testing.assert_close(
         finetune.objective(prepared(finetune, model, teacher), images, labels),
         0.75 * plain + 0.25 * soft,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxprune
-from fxprune import cost, criteria, latency
+from fxprune import cost, criteria, latency, training
 from fxprune.common.public import calling_user_code, iterate_user_input, public
 from fxprune.errors import (
     ArgumentError,
@@ -110,8 +110,28 @@ def steps(**arguments: Any) -> None:
         pass
 
 
-def penalty(**arguments: Any) -> None:
-    fxprune.GroupSparsity(**arguments)()
+def penalty(kind: Callable[..., Any], model: Any, **arguments: Any) -> None:
+    made_of_it = kind(model, **arguments)
+    try:
+        made_of_it()
+        made_of_it.step()
+    finally:
+        getattr(made_of_it, "remove", lambda: None)()
+
+
+def penalised(model: nn.Module | None = None, **more: Any) -> dict[str, Any]:
+    model = network() if model is None else model
+    return {"model": model, "coupling": fxprune.analyze(model, made()["x"]), **more}
+
+
+def distilled(inputs: Any, output: Any, **arguments: Any) -> None:
+    with training.Distillation(**arguments) as distillation:
+        arguments["student"](made()["x"])
+        distillation.loss(output, inputs)
+
+
+def scheduled(kind: Callable[..., Any], step: Any = 3, **arguments: Any) -> None:
+    kind(**arguments)(step)
 
 
 def scored(kind: Any) -> Callable[..., None]:
@@ -243,7 +263,67 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     ),
     "Steps": (steps, lambda: {**stepping(), "params": 0.6, "folder": None}),
     "Steps with options": (steps, lambda: {**stepping(), "criterion": "l1", "keep": ()}),
-    "GroupSparsity": (penalty, lambda: {"model": made()["model"], "coupling": made()["coupling"]}),
+    "Steps with a schedule": (steps, lambda: {**stepping(), "schedule": training.Cubic}),
+    "GroupSparsity": (
+        functools.partial(penalty, training.GroupSparsity),
+        lambda: penalised(unit_strengths=[1.0] * 14, strength=0.1),
+    ),
+    "BNScaleSparsity": (
+        functools.partial(penalty, training.BNScaleSparsity),
+        lambda: penalised(
+            nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)),
+            unit_strengths=[1.0] * 4,
+            strength=training.Linear(0, 1, 2),
+        ),
+    ),
+    "GrowingRegularisation": (
+        functools.partial(penalty, training.GrowingRegularisation),
+        lambda: penalised(plan=made()["pruned"].plan, delta=0.1, every=1, ceiling=1.0),
+    ),
+    "Gates": (functools.partial(penalty, training.Gates), lambda: penalised(strength=0.1)),
+    "HardConcreteGates": (
+        functools.partial(penalty, training.HardConcreteGates),
+        lambda: penalised(strength=0.1),
+    ),
+    "Distillation": (
+        distilled,
+        lambda: {
+            "teacher": made()["model"],
+            "student": made()["pruned"].model,
+            "inputs": made()["x"],
+            "output": torch.zeros(4, 2),
+            "temperature": 2.0,
+            "logit_strength": 1.0,
+            "features": ["1"],
+            "feature_strength": 1.0,
+            "logits": lambda output: output,
+            "dim": 1,
+        },
+    ),
+    "soft_target_loss": (
+        training.soft_target_loss,
+        lambda: {
+            "student": torch.zeros(4, 2),
+            "teacher": torch.ones(4, 2),
+            "temperature": 2.0,
+            "dim": -1,
+        },
+    ),
+    "Constant": (
+        functools.partial(scheduled, training.Constant),
+        lambda: {"value": 1.0, "step": 0},
+    ),
+    **{
+        kind.__name__: (
+            functools.partial(scheduled, kind),
+            lambda: {"start": 1.0, "end": 0.5, "steps": 4, "step": 2},
+        )
+        for kind in (training.Linear, training.Cosine, training.Cubic, training.Geometric)
+    },
+    "Growing": (
+        functools.partial(scheduled, training.Growing),
+        lambda: {"delta": 0.1, "every": 2, "ceiling": 1.0, "step": 3},
+    ),
     "register_rule": (
         registered,
         lambda: {"name": "slips::none", "like": None, "rule": lambda *arguments: None},
@@ -406,6 +486,8 @@ def outcome(function: Callable[..., Any], arguments: dict[str, Any]) -> Exceptio
         "deploy",
         "cost_of",
         "GroupSparsity",
+        "Gates",
+        "Distillation",
     ],
 )
 def test_arguments_in_a_wrong_order(name: str) -> None:
@@ -437,6 +519,14 @@ PUBLIC = [
     criteria.Views,
     criteria.UnitView,
     criteria.Taylor,
+    training.BNScaleSparsity,
+    training.Distillation,
+    training.Gates,
+    training.Growing,
+    training.GrowingRegularisation,
+    training.HardConcreteGates,
+    training.Linear,
+    training.soft_target_loss,
 ]
 
 

@@ -46,6 +46,25 @@ def test_each_step_keeps_its_share() -> None:
         assert 0.2 ** (k / 3) * 0.8 < share <= 0.2 ** (k / 3) + 1e-12
 
 
+def test_a_schedule_says_how_a_budget_is_reached() -> None:
+    model, x = network(), torch.randn(IMAGE)
+    whole = cost_of(model, x)
+    # 0.2 + 0.8 (1 - k / 2)^3: 0.3, then 0.2; geometric steps would begin with 0.45
+    shares = [
+        cost_of(step.model, x).macs / whole.macs
+        for step in fxprune.Steps(model, x, count=2, macs=0.2, schedule=fxprune.training.Cubic)
+    ]
+    for share, expected in zip(shares, (0.3, 0.2), strict=True):
+        assert expected * 0.8 < share <= expected + 1e-12
+
+
+def test_a_schedule_that_misses_the_budget_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"macs=0\.2.*end at the budget"):
+        fxprune.Steps(
+            network(), torch.randn(IMAGE), count=2, macs=0.2, schedule=lambda *_: lambda step: 0.5
+        )
+
+
 def test_several_budgets_hold_together() -> None:
     model, x = network(), torch.randn(IMAGE)
     *_, last = fxprune.Steps(model, x, count=2, macs=0.5, params=0.3)
@@ -106,6 +125,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "budget": ({"macs": 0.3}, "budget"),
     "count": ({"count": 4}, "count"),
+    "schedule": ({"schedule": fxprune.training.Cubic}, "schedule"),
     "architecture": (
         {"model": nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 4, 1))},
         "model",

@@ -18,7 +18,15 @@ from torch import Tensor
 from fxprune.common.public import short_repr
 from fxprune.errors import ArgumentError
 
-__all__ = ["as_device", "as_number", "as_path", "check_bool", "check_integer", "check_share"]
+__all__ = [
+    "as_device",
+    "as_number",
+    "as_path",
+    "check_bool",
+    "check_integer",
+    "check_number",
+    "check_share",
+]
 
 
 def as_number(value: Any) -> int | float | None:
@@ -86,6 +94,38 @@ def check_integer(name: str, value: Any, least: int = 1) -> int:
         message = f"{name}={short_repr(value)} must be a whole number of at least {least}."
         raise ArgumentError(message)
     return found
+
+
+def check_number(
+    name: str, value: Any, *, above: float | None = None, least: float = 0.0
+) -> float:
+    """Return a finite number as a float.
+
+    Parameters
+    ----------
+    name:
+        Name of the argument, for the error message.
+    value:
+        The argument.
+    above:
+        A number that the value must exceed, in the place of ``least``.
+    least:
+        The smallest number that is allowed.
+
+    Raises
+    ------
+    ArgumentError
+        If the value is no finite number, or is too small.
+
+    >>> check_number("rate", 0, least=0)
+    0.0
+    """
+    found = as_number(value)
+    small = found is not None and (found < least if above is None else found <= above)
+    if found is None or small or not math.isfinite(found):
+        bound = f"of at least {least:g}" if above is None else f"above {above:g}"
+        raise ArgumentError(f"{name}={short_repr(value)} must be a finite number {bound}.")
+    return float(found)
 
 
 def check_bool(name: str, value: Any) -> bool:

@@ -1,27 +1,31 @@
-"""Sparsity: a training penalty that pulls whole units towards zero.
-
-Own and dependent weights of a unit shrink together.
-"""
+"""Sparsity: penalties that pull whole units, or their scales, towards zero."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.common.arrays import Floats
 from fxprune.common.public import public
-from fxprune.coupling import Coupling, check_coupling
+from fxprune.coupling import Coupling
 from fxprune.errors import ArgumentError
+from fxprune.rewrite.survivors import Mask
+from fxprune.training.penalty import Penalty, checked_unit_strengths, weighted_sum
+from fxprune.training.schedules import Schedule
+from fxprune.training.units import UnitSums
 
-__all__ = ["GroupSparsity"]
+__all__ = ["BNScaleSparsity", "GroupSparsity"]
 
 
 @public
-class GroupSparsity:
-    r"""Group lasso over the units of a coupling: :math:`\sum_u \sqrt{\sum_{w \in u} w^2}`.
+class GroupSparsity(Penalty):
+    r"""Group lasso over units: :math:`\sum_u \alpha_u \sqrt{\sum_{w \in u} w^2}`.
 
-    Add the penalty to the loss in a training loop. Removing a unit whose weights have become small
-    costs little accuracy.
+    Add the penalty to the loss in a training loop. Own and dependent weights of a unit shrink
+    together, and removing a unit whose weights have become small costs little accuracy.
 
     Parameters
     ----------
@@ -29,11 +33,16 @@ class GroupSparsity:
         The model that is trained. Its parameters are read at each call.
     coupling:
         Its analysis, from :func:`fxprune.analyze`.
+    unit_strengths:
+        The factor :math:`\alpha_u` of each unit, shape (units,), in the order of
+        ``coupling.units``; by default 1.
+    strength:
+        The factor of the whole penalty: a number, or a schedule that :meth:`step` advances.
 
     Raises
     ------
     ModelError, ArgumentError
-        If ``coupling`` is not an analysis of ``model``.
+        If ``coupling`` is not an analysis of ``model``, or a strength is no number of at least 0.
 
     Notes
     -----
@@ -49,50 +58,92 @@ class GroupSparsity:
     >>> (net(torch.ones(5, 3)).square().mean() + 1e-3 * penalty()).backward()
     """
 
-    def __init__(self, model: nn.Module, coupling: Coupling) -> None:
-        check_coupling(coupling, model)
-        units = coupling.units
-        # labels of no unit go to one extra place at the end
-        place = np.full(coupling.context.units.count, len(units), dtype=np.int64)
-        place[units] = np.arange(len(units))
-        self.count = len(units)
-        self.model = model
-        self._shapes: dict[str, torch.Size] = {}
-        for name, _ in model.named_parameters():
-            if name in coupling.parameters:
-                self._shapes[name] = coupling.parameters[name].shape
-        # (parameter's name, dimensions to sum over, the place of each remaining sum)
-        self._parts: list[tuple[str, list[int], Tensor]] = []
-        for name in self._shapes:
-            for labels in coupling.parameter_labels(name):
-                summed = [d for d, size in enumerate(labels.shape) if size == 1]
-                self._parts.append((name, summed, torch.from_numpy(place[labels].ravel())))
+    def __init__(
+        self,
+        model: nn.Module,
+        coupling: Coupling,
+        *,
+        unit_strengths: Tensor | Floats | Sequence[float] | None = None,
+        strength: float | Schedule = 1.0,
+    ) -> None:
+        super().__init__(strength)
+        self._sums = UnitSums(model, coupling)
+        self._factors = checked_unit_strengths(unit_strengths, self._sums.count)
 
-    @public
-    def __call__(self) -> Tensor:
-        """Return the penalty, a scalar through which gradients flow.
-
-        Raises
-        ------
-        ArgumentError
-            If the model's parameters are no longer those that were analysed.
-        """
-        parameters = dict(self.model.named_parameters())
-        for name, shape in self._shapes.items():
-            if name not in parameters or parameters[name].shape != shape:
-                raise ArgumentError(
-                    f"the model no longer has {name!r} of shape {tuple(shape)}, as when it was "
-                    "analysed: analyse it again."
-                )
-        first = parameters[self._parts[0][0]] if self._parts else torch.zeros(())
-        squares = torch.zeros(
-            self.count + 1,
-            dtype=torch.promote_types(first.dtype, torch.float32),
-            device=first.device,
-        )
-        for name, summed, index in self._parts:
-            sums = parameters[name].to(squares.dtype).square()
-            sums = sums.sum(summed) if summed else sums
-            squares = squares.index_add(0, index.to(first.device), sums.reshape(-1))
+    def _value(self) -> Tensor:
+        """Return the weighted sum of the units' norms."""
+        squares = self._sums(torch.square)
         # The root has an infinite gradient at zero, so clamp units that are zero already.
-        return squares[:-1].clamp_min(torch.finfo(squares.dtype).tiny).sqrt().sum()
+        norms = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+        return weighted_sum(norms, self._factors)
+
+
+@public
+class BNScaleSparsity(Penalty):
+    r"""L1 penalty on scales: :math:`\sum_u \alpha_u \sum_{\gamma \in u} |\gamma|`.
+
+    The scales are the weights that normalisations of the graph multiply by, whatever module holds
+    them. Rank the units by ``criterion="bn_scale"`` afterwards.
+
+    Parameters
+    ----------
+    model, coupling, unit_strengths, strength:
+        As for :class:`GroupSparsity`.
+
+    Attributes
+    ----------
+    without_scale:
+        Name of a group -> indices of its units that pass no normalisation with a scale. The
+        penalty does not reach them.
+
+    Raises
+    ------
+    ModelError, ArgumentError
+        As for :class:`GroupSparsity`, or if no unit has a scale.
+
+    Notes
+    -----
+    Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017,
+    eq. 1, with the L1 norm. There a channel has one scale; here a unit counts all scales that it
+    passes.
+
+    Examples
+    --------
+    >>> import fxprune
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 4), nn.Linear(4, 1))
+    >>> penalty = BNScaleSparsity(net, fxprune.analyze(net, torch.zeros(2, 2)), strength=0.1)
+    >>> penalty(), penalty.without_scale
+    (tensor(0.3000, grad_fn=<MulBackward0>), {'2.weight:0': (0, 1, 2, 3)})
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        coupling: Coupling,
+        *,
+        unit_strengths: Tensor | Floats | Sequence[float] | None = None,
+        strength: float | Schedule = 1.0,
+    ) -> None:
+        super().__init__(strength)
+        self._sums = UnitSums(model, coupling, roles=("scale",))
+        self._factors = checked_unit_strengths(unit_strengths, self._sums.count)
+        if not self._sums.reached.any():
+            raise ArgumentError(
+                "no unit of this coupling passes a normalisation with a scale, so there is "
+                "nothing to penalise: choose GroupSparsity."
+            )
+        self.without_scale: Mapping[str, tuple[int, ...]] = _missing(coupling, self._sums.reached)
+
+    def _value(self) -> Tensor:
+        """Return the weighted sum of the absolute scales."""
+        return weighted_sum(self._sums(torch.abs), self._factors)
+
+
+def _missing(coupling: Coupling, reached: Mask) -> dict[str, tuple[int, ...]]:
+    """Return the indices of the units of each group that are not reached, (units,)."""
+    found = {}
+    for group in coupling.groups:
+        there = reached[np.searchsorted(coupling.units, group.units)]
+        if not there.all():
+            found[group.name] = tuple(np.flatnonzero(~there).tolist())
+    return found
