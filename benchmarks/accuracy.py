@@ -861,7 +861,7 @@ def _options() -> argparse.Namespace:
         name.removesuffix("/constants").removesuffix("/least_squares")
         for name in options.shown.values()
     }
-    unknown += [name for name in plain if name not in known and not name.startswith("cpmc:")]
+    unknown += [name for name in plain if name not in known and ":" not in name]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
     for name in plain:

@@ -34,13 +34,14 @@ from fxprune.options import (
     read_compensation,
     whole_head_tensors,
 )
-from fxprune.pipeline import Task, apply_stage, carry_out, compensated, stages_of
+from fxprune.pipeline import Task, carry_out, compensated
 from fxprune.result.plan import Plan
 from fxprune.result.pruned import Pruned
 from fxprune.result.serialization import read_pruned
 from fxprune.result.tensor_files import load_tensors
 from fxprune.result.warnings import warn_if_little_removed, warn_if_training_is_lost
 from fxprune.select.budget import Budget
+from fxprune.stages import apply_stage, stages_of
 
 __all__ = ["analyze", "apply", "load", "prune"]
 

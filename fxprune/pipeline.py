@@ -21,18 +21,16 @@ from fxprune.result.pruned import Pruned
 from fxprune.rewrite import Survivors
 from fxprune.select.budget import Budget
 from fxprune.select.selection import select
-from fxprune.stages import apply_stage, replay, stages_of
+from fxprune.stages import replay, stages_of
 from fxprune.training.compensation import fold_constants
 from fxprune.training.least_squares import reconstruct
 from fxprune.verification import Verification, check
 
 __all__ = [
     "Task",
-    "apply_stage",
     "carry_out",
     "compensated",
     "proofs",
-    "stages_of",
 ]
 
 

@@ -210,7 +210,7 @@ def _shares_of_columns(
         return None
     found, shares = [], []
     places = torch.stack([torch.from_numpy(each[1]) for each in placed if each is not None])
-    moments = _moments(ran, form, places.to(weight.device))
+    moments = _moments_of_units(ran, form, places.to(weight.device))
     for number, each in enumerate(placed):
         assert each is not None
         units, place = each
@@ -258,7 +258,7 @@ def _by_unit(labels: Array) -> tuple[Array, Array] | None:
     return units, order.reshape(len(units), -1)
 
 
-def _moments(ran: RanContraction, form: WeightForm, places: Tensor) -> Tensor:
+def _moments_of_units(ran: RanContraction, form: WeightForm, places: Tensor) -> Tensor:
     """Return the second moments of the columns of each unit.
 
     Parameters

@@ -276,7 +276,7 @@ class _HardConcrete(nn.Module):
         """Draw the noise of the next call of a model: the hook before each call."""
         self.noise = None
         if model.training:
-            share = torch.empty_like(self.values).uniform_(_MARGIN, 1 - _MARGIN).detach()
+            share = torch.empty_like(self.values).uniform_(_LEAST_SHARE, 1 - _LEAST_SHARE).detach()
             self.noise = share.log() - (-share).log1p()
 
     def forward(self) -> Tensor:
@@ -288,5 +288,5 @@ class _HardConcrete(nn.Module):
         return (concrete * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
 
 
-_MARGIN = 1e-6
+_LEAST_SHARE = 1e-6
 """How far a uniform number stays from 0 and 1, whose logarithms are infinite."""
