@@ -23,7 +23,7 @@ from fxprune.select.greedy import descend, give_back
 from fxprune.select.kinds import Pool, labels_along_dims, pools_of
 from fxprune.select.widths import Widths, ordered_labels, step_of
 
-__all__ = ["select"]
+__all__ = ["limits_the_whole_model", "select"]
 
 
 def select(
@@ -63,7 +63,7 @@ def select(
     wanted = [math.ceil(budget.min_channels / pool.blocks) for pool in pools]
     least = [max(needed) for needed in zip(wanted, for_tensors, for_statistics, strict=True)]
     widths, fixed = _starting_widths(coupling, pools, budget, least)
-    if _limits_the_whole_model(budget):
+    if limits_the_whole_model(budget):
         state = Widths(coupling, pools, order, ranking, budget, widths, fixed, least, timed)
         descend(state)
         if budget.latency is not None:
@@ -77,7 +77,7 @@ def select(
     return {name: tuple(sorted(units)) for name, units in kept.items()}
 
 
-def _limits_the_whole_model(budget: Budget) -> bool:
+def limits_the_whole_model(budget: Budget) -> bool:
     """Tell whether a budget limits all groups together."""
     limits = [budget.macs, budget.params, budget.latency]
     if budget.scope == "global":
