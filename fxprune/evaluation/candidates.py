@@ -20,6 +20,7 @@ from fxprune.criteria.cpmc import share_left
 __all__ = ["Evolution", "ranking_of_widths"]
 
 _SPREAD = 0.3  # the first changes: widths differ by about 30 %
+_MOST_SPREAD = 1.0  # wider changes only empty groups
 _WIDER, _NARROWER = 1.5, 0.9  # what a success and a failure do to the spread
 
 
@@ -68,7 +69,11 @@ class Evolution:
         """Take note of whether a change was better than all before."""
         if better:
             self._best = change
-        self._spread *= _WIDER if better else _NARROWER
+        self._spread = min(self._spread * (_WIDER if better else _NARROWER), _MOST_SPREAD)
+
+    def widen(self) -> None:
+        """Take note that a change leads to widths that are known."""
+        self._spread = min(self._spread / _NARROWER, _MOST_SPREAD)
 
 
 def ranking_of_widths(

@@ -71,6 +71,7 @@ class WidthSearch:
             kept = choose(ranking_of_widths(self._coupling, self._ranking, first, change))
             if kept in drawn:
                 repeats += 1
+                evolution.widen()
                 continue
             drawn.append(kept)
             repeats = 0
