@@ -116,4 +116,4 @@ def score_of(score: Score, model: nn.Module, what: str) -> float:
             f"the score of {what} is {short_repr(given)}: it must be a finite number, the higher "
             "the better. Return a low number for a model that fails."
         )
-    return float(found)
+    return float(found) + 0.0  # -0.0 is 0.0
