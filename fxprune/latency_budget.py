@@ -183,18 +183,25 @@ class _Search:
     def improved(self, best: Attempt, share: float, improve: Improve) -> Attempt:
         """Return the best one of the better choices that is within the budget, or the first.
 
-        They are chosen by the forecast that led to the first one, and then measured.
+        They are chosen by the forecast that led to the first one, and then measured. Their groups
+        exchange no units: the widths that are asked for are those of the first one, changed.
         """
         tried = [(self._predicted(best.kept), best.share)]
-        for kept in improve(best.kept, lambda ranking: self._choose(ranking, best.aim)):
+
+        def choose(ranking: Ranking) -> KeptUnits:
+            """Return the units that stay by another ranking."""
+            return self._choose(ranking, best.aim, exchanges=False)
+
+        for kept in improve(best.kept, choose):
             attempt = self._attempt(kept, share, best.aim, tried)
             if attempt.share <= max(best.share, share * (1 + _ABOVE)):
                 return attempt
         return best
 
-    def _choose(self, ranking: Ranking, aim: float) -> KeptUnits:
+    def _choose(self, ranking: Ranking, aim: float, *, exchanges: bool = True) -> KeptUnits:
         """Return the units that stay by a ranking, with this share of the time by the forecast."""
-        return select(self.coupling, ranking, replace(self.budget, latency=aim), self.forecast)
+        budget = replace(self.budget, latency=aim)
+        return select(self.coupling, ranking, budget, self.forecast, exchanges=exchanges)
 
     def _predicted(self, kept: KeptUnits) -> float:
         """Return the forecast for a choice, relative to the dense model."""

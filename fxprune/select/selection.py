@@ -27,7 +27,12 @@ __all__ = ["limits_the_whole_model", "select"]
 
 
 def select(
-    coupling: Coupling, ranking: Ranking, budget: Budget, timed: TimeCost | None = None
+    coupling: Coupling,
+    ranking: Ranking,
+    budget: Budget,
+    timed: TimeCost | None = None,
+    *,
+    exchanges: bool = True,
 ) -> dict[str, tuple[int, ...]]:
     """Choose the units that survive.
 
@@ -41,6 +46,8 @@ def select(
         The budgets to reach.
     timed:
         The cost that a latency budget limits; needed if the budget has one.
+    exchanges:
+        Whether groups exchange units under a latency budget, to keep more value within it.
 
     Returns
     -------
@@ -66,7 +73,7 @@ def select(
     if limits_the_whole_model(budget):
         state = Widths(coupling, pools, order, ranking, budget, widths, fixed, least, timed)
         descend(state)
-        if budget.latency is not None:
+        if budget.latency is not None and exchanges:
             exchange(state)
         give_back(state)
         widths = state.now
