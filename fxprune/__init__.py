@@ -1,13 +1,15 @@
 """Structured pruning of PyTorch models that torch.fx can trace.
 
 :func:`prune` removes the least important channels of a model and returns a smaller model.
-:func:`analyze` shows which channels are coupled, :func:`verify` proves a result, :func:`apply`
-replays a plan, and :func:`load` reads a saved result.
+:func:`analyze` shows which channels are coupled, and :func:`sensitivity` how narrow each group may
+be. :func:`verify` proves a result, :func:`apply` replays a plan, and :func:`load` reads a saved
+result.
 """
 
 from fxprune import criteria, training
 from fxprune.api import analyze, apply, load, prune
 from fxprune.api_pruned import compensate, verify
+from fxprune.api_sensitivity import sensitivity
 from fxprune.coupling import Axis, Coupling, Group, Pinned
 from fxprune.errors import (
     ArgumentError,
@@ -27,6 +29,7 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
+from fxprune.evaluation import Search, Sensitivity, SensitivityPoint
 from fxprune.inference import deploy
 from fxprune.ops import register_rule
 from fxprune.result.plan import GroupPlan, Plan
@@ -63,6 +66,9 @@ __all__ = [
     "Report",
     "ResourceError",
     "RewriteError",
+    "Search",
+    "Sensitivity",
+    "SensitivityPoint",
     "SignatureError",
     "Steps",
     "TraceError",
@@ -78,6 +84,7 @@ __all__ = [
     "load",
     "prune",
     "register_rule",
+    "sensitivity",
     "training",
     "verify",
 ]

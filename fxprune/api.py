@@ -18,21 +18,22 @@ from fxprune.common.compiled import uncompiled
 from fxprune.common.models import check_model
 from fxprune.common.numbers import check_bool
 from fxprune.common.public import public
-from fxprune.coupling import Coupling, Terms
+from fxprune.coupling import Coupling
 from fxprune.coupling.analysis import Clock, label_and_couple
 from fxprune.criteria import Criterion, given_data
 from fxprune.errors import ArgumentError
+from fxprune.evaluation import Search
 from fxprune.inputs import ExampleInputs, read
 from fxprune.latency import Setting
 from fxprune.options import (
     Kept,
+    analysis_terms,
     build_model,
     check_plan,
-    kept_parameters,
+    check_search,
     latency_setting,
     read_budget,
     read_compensation,
-    whole_head_tensors,
 )
 from fxprune.pipeline import Task, carry_out, compensated
 from fxprune.result.plan import Plan
@@ -98,7 +99,7 @@ def analyze(
     """
     model = uncompiled(model)
     check_model(model)
-    terms = _terms(model, keep, units)
+    terms = analysis_terms(model, keep, units)
     return label_and_couple(model, read(example_inputs), terms)
 
 
@@ -123,6 +124,7 @@ def prune(
     scopes: str | Mapping[str, str | Iterable[str]] | None = None,
     data: Iterable[object] | None = None,
     compensate: str | None = None,
+    search: Search | None = None,
     verify: bool | None = None,
 ) -> Pruned:
     """Remove the least important channels of a model and return the smaller model.
@@ -205,6 +207,10 @@ def prune(
         How the weights are corrected with ``data``, as in :func:`compensate`:
         ``"least_squares"`` (the default; ``"constants"`` for models that are not one graph),
         ``"constants"`` or ``"none"``. The report names the modules that could not be corrected.
+    search:
+        A :class:`Search`: it chooses the widths of the groups by a score of the pruned models,
+        within the same budget. The criterion still says which units of a group go. With ``data``,
+        the weights of each candidate are corrected before it is scored.
     verify:
         Whether to prove the result against the masked original (see :func:`verify`). The report
         then shows the error, and an error above 1e-6 raises a :class:`VerificationError`. The
@@ -240,7 +246,7 @@ def prune(
     RewriteError
         If the smaller model cannot be emitted.
     CallbackError
-        If a criterion of your own, or its data loader, raises an error.
+        If a criterion or a score of your own, or a data loader, raises an error.
     VerificationError
         If the result was to be proved and is wrong.
 
@@ -263,10 +269,12 @@ def prune(
     setting = latency_setting(device, budget, example_inputs)
     verify = None if verify is None else check_bool("verify", verify)
     criterion = criterion if data is None else given_data(criterion, data)
+    check_search(search, budget)
     task = _task(model, example_inputs, keep, units, criterion, budget, setting)
+    task = replace(task, search=search, data=() if data is None else data, compensate=method)
     pruned, coupling = carry_out(task, verify)
-    if data is not None and method:
-        pruned = compensated(task, pruned, coupling, data, method)
+    if method:
+        pruned = compensated(task, pruned, coupling)
     warn_if_training_is_lost(coupling, stacklevel=3)
     warn_if_little_removed(pruned.report, coupling, budget, stacklevel=3)
     return pruned
@@ -287,13 +295,8 @@ def _task(
         model = uncompiled(model)
         check_model(model)
         example = read(example_inputs)
-        terms = _terms(model, keep, units)
+        terms = analysis_terms(model, keep, units)
     return Task(model, example, example_inputs, terms, criterion, budget, setting, clock)
-
-
-def _terms(model: nn.Module, keep: Kept, units: str | Mapping[str, str]) -> Terms:
-    """Return what the analysis of a model must leave alone."""
-    return Terms(keep=kept_parameters(model, keep), heads=whole_head_tensors(model, units))
 
 
 @public

@@ -6,9 +6,9 @@ units are chosen again by a corrected forecast.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import nn
@@ -28,9 +28,16 @@ from fxprune.result.report import LatencyRow
 from fxprune.select.budget import Budget
 from fxprune.select.selection import select
 
-__all__ = ["prune_to_latency"]
+__all__ = ["Improve", "KeptUnits", "prune_to_latency"]
 
-Kept = Mapping[str, tuple[int, ...]]
+KeptUnits: TypeAlias = Mapping[str, tuple[int, ...]]
+"""For each group name the indices of the units that stay."""
+
+Improve: TypeAlias = Callable[[KeptUnits, Callable[[Ranking], KeptUnits]], Sequence[KeptUnits]]
+"""Takes a choice of units, and a function that chooses by another ranking within the same budget.
+
+Returns better choices, the best one first.
+"""
 
 _MOST_ATTEMPTS = 6
 # shares of channels of the models to which the forecast is fitted, besides the dense model
@@ -60,13 +67,16 @@ class Attempt:
         measured in turns (lower quartiles).
     forecast_ms:
         Latency of the pruned model in milliseconds as forecast before the measurement.
+    aim:
+        The forecast that the choice was to stay below, relative to the dense model.
     """
 
-    kept: Kept
+    kept: KeptUnits
     result: Pruned
     dense_ms: float
     ms: float
     forecast_ms: float
+    aim: float
 
     @property
     def share(self) -> float:
@@ -82,6 +92,7 @@ def prune_to_latency(
     terms: Terms,
     example_inputs: Any,
     setting: Setting,
+    improve: Improve | None = None,
 ) -> tuple[Pruned, dict[str, tuple[int, ...]]]:
     """Prune a model to a share of its latency, measured on deployed models.
 
@@ -106,6 +117,9 @@ def prune_to_latency(
         Inputs of the model.
     setting:
         Where and how latency is measured.
+    improve:
+        Returns better choices than the one that was found. They are measured in turn, and the
+        first one that is within the budget is the result.
 
     Returns
     -------
@@ -121,6 +135,8 @@ def prune_to_latency(
     assert budget.latency is not None
     search = _Search(model, coupling, ranking, budget, terms, example_inputs, setting)
     best = _best(search.attempts(budget.latency), budget.latency)
+    if improve is not None:
+        best = search.improved(best, budget.latency, improve)
     time = LatencyRow(best.dense_ms, best.ms, best.forecast_ms, str(setting))
     report = replace(best.result.report, latency=time)
     return replace(best.result, report=report), dict(best.kept)
@@ -137,28 +153,26 @@ class _Search:
     terms: Terms
     example_inputs: Any
     setting: Setting
+    dense: nn.Module = field(init=False)
+    forecast: Forecast = field(init=False)
 
     def attempts(self, share: float) -> list[Attempt]:
         """Choose and measure until the latency meets the budget or the attempts are used up."""
-        dense = self._deployed(self._emitted(self._with_channels(1.0)))
-        forecast = self._forecast(dense)
+        self.dense = self._deployed(self._emitted(self._with_channels(1.0)))
+        self.forecast = self._fitted_forecast(self.dense)
         # forecast and measured latency of each attempt, relative to the dense model
         tried: list[tuple[float, float]] = []
         attempts: list[Attempt] = []
         for _ in range(_MOST_ATTEMPTS):
-            aim = replace(self.budget, latency=min(1.0, _aim(share, tried)))
+            aim = min(1.0, _aim(share, tried))
             try:
-                kept = select(self.coupling, self.ranking, aim, forecast)
+                kept = self._choose(self.ranking, aim)
             except BudgetError:
                 if attempts:
                     break
                 raise
-            result = self._emitted(kept)
-            models = {"dense": dense, "pruned": self._deployed(result)}
-            ms = _milliseconds(models, self.example_inputs, self.setting, share)
-            predicted = forecast.at(self._counts(kept, forecast)) / forecast.at(forecast.full)
-            expected_ms = _corrected_share(predicted, share, tried) * ms["dense"]
-            attempts.append(Attempt(kept, result, ms["dense"], ms["pruned"], expected_ms))
+            predicted = self._predicted(kept)
+            attempts.append(self._attempt(kept, share, aim, tried))
             reached = attempts[-1].share
             is_met = share * (1 - _BELOW) <= reached <= share * (1 + _ABOVE)
             if is_met or (reached <= share and predicted >= 1):
@@ -166,7 +180,45 @@ class _Search:
             tried.append((predicted, reached))
         return attempts
 
-    def _forecast(self, dense: nn.Module) -> Forecast:
+    def improved(self, best: Attempt, share: float, improve: Improve) -> Attempt:
+        """Return the best one of the better choices that is within the budget, or the first.
+
+        They are chosen by the forecast that led to the first one, and then measured. Their groups
+        exchange no units: the widths that are asked for are those of the first one, changed.
+        """
+        tried = [(self._predicted(best.kept), best.share)]
+
+        def choose(ranking: Ranking) -> KeptUnits:
+            """Return the units that stay by another ranking."""
+            return self._choose(ranking, best.aim, exchanges=False)
+
+        for kept in improve(best.kept, choose):
+            attempt = self._attempt(kept, share, best.aim, tried)
+            if attempt.share <= max(best.share, share * (1 + _ABOVE)):
+                return attempt
+        return best
+
+    def _choose(self, ranking: Ranking, aim: float, *, exchanges: bool = True) -> KeptUnits:
+        """Return the units that stay by a ranking, with this share of the time by the forecast."""
+        budget = replace(self.budget, latency=aim)
+        return select(self.coupling, ranking, budget, self.forecast, exchanges=exchanges)
+
+    def _predicted(self, kept: KeptUnits) -> float:
+        """Return the forecast for a choice, relative to the dense model."""
+        counts = _counts(self.coupling, kept, self.forecast)
+        return self.forecast.at(counts) / self.forecast.at(self.forecast.full)
+
+    def _attempt(
+        self, kept: KeptUnits, share: float, aim: float, tried: Sequence[tuple[float, float]]
+    ) -> Attempt:
+        """Emit a choice and measure it next to the dense model."""
+        result = self._emitted(kept)
+        models = {"dense": self.dense, "pruned": self._deployed(result)}
+        ms = _milliseconds(models, self.example_inputs, self.setting, share)
+        expected_ms = _corrected_share(self._predicted(kept), share, tried) * ms["dense"]
+        return Attempt(kept, result, ms["dense"], ms["pruned"], expected_ms, aim)
+
+    def _fitted_forecast(self, dense: nn.Module) -> Forecast:
         """Return a forecast that is fitted to the dense model and to narrower models."""
         forecast = Forecast(self.coupling, dense, self.example_inputs, self.setting)
         narrower = {str(share): self._with_channels(share) for share in _FITTED}
@@ -178,15 +230,15 @@ class _Search:
         )
         measured = [(forecast.full, timings["dense"].low)]
         for name, kept in narrower.items():
-            measured.append((self._counts(kept, forecast), timings[name].low))
+            measured.append((_counts(self.coupling, kept, forecast), timings[name].low))
         forecast.fit(measured)
         return forecast
 
-    def _with_channels(self, share: float) -> Kept:
+    def _with_channels(self, share: float) -> KeptUnits:
         """Return the surviving units if every group keeps this share of its units."""
         return select(self.coupling, self.ranking, Budget(channels=share))
 
-    def _emitted(self, kept: Kept) -> Pruned:
+    def _emitted(self, kept: KeptUnits) -> Pruned:
         """Return the pruned model that keeps these units."""
         return emit_pruned(self.model, self.coupling, dict(kept), self.terms, Clock())
 
@@ -194,11 +246,12 @@ class _Search:
         """Return the inference form of a pruned model."""
         return deploy(pruned.model)
 
-    def _counts(self, kept: Kept, forecast: Forecast) -> Counts:
-        """Return how many units of each kind survive, shape (kinds,)."""
-        labels = [group.units[list(kept[group.name])] for group in self.coupling.groups]
-        kinds = forecast.kinds.of_unit[np.concatenate([np.zeros(0, dtype=np.int64), *labels])]
-        return np.bincount(kinds[kinds >= 0], minlength=len(forecast.full))
+
+def _counts(coupling: Coupling, kept: KeptUnits, forecast: Forecast) -> Counts:
+    """Return how many units of each kind survive, shape (kinds,)."""
+    labels = [group.units[list(kept[group.name])] for group in coupling.groups]
+    kinds = forecast.kinds.of_unit[np.concatenate([np.zeros(0, dtype=np.int64), *labels])]
+    return np.bincount(kinds[kinds >= 0], minlength=len(forecast.full))
 
 
 def _milliseconds(

@@ -16,7 +16,9 @@ from fxprune.common.contents import named_tensors, tensors_of
 from fxprune.common.identity import IdentitySet
 from fxprune.common.numbers import check_integer, check_share
 from fxprune.common.public import calling_user_code, iterate_user_input, short_repr
+from fxprune.coupling import Terms
 from fxprune.errors import ArgumentError
+from fxprune.evaluation import Search
 from fxprune.latency import Setting
 from fxprune.result.plan import Plan, check_groups
 from fxprune.select.budget import Budget
@@ -24,9 +26,11 @@ from fxprune.select.scopes import ISOMORPHIC
 
 __all__ = [
     "Kept",
+    "analysis_terms",
     "build_model",
     "check_plan",
     "check_pruned",
+    "check_search",
     "kept_modules",
     "kept_parameters",
     "latency_setting",
@@ -37,6 +41,11 @@ __all__ = [
 
 Kept: TypeAlias = str | nn.Module | Iterable[str | nn.Module]
 """What ``keep`` accepts: a module name, a glob, a module object, or several of these."""
+
+
+def analysis_terms(model: nn.Module, keep: Kept, units: str | Mapping[str, str]) -> Terms:
+    """Return what the analysis of a model must leave alone."""
+    return Terms(keep=kept_parameters(model, keep), heads=whole_head_tensors(model, units))
 
 
 def kept_parameters(model: nn.Module, keep: Any) -> tuple[str, ...]:
@@ -403,6 +412,22 @@ def check_plan(plan: Any, function: str) -> None:
             f"{function}(plan, model) takes a Plan, and got {_kind_of(plan)}: {way}."
         )
     check_groups(plan)
+
+
+def check_search(search: Any, budget: Budget) -> None:
+    """Raise an ArgumentError if ``search`` is not a search that can choose something."""
+    if search is None:
+        return
+    if not isinstance(search, Search):
+        raise ArgumentError(
+            f"search is {_kind_of(search)}: give fxprune.Search(score, evaluations=50), where "
+            "score takes a model and returns a number."
+        )
+    if not budget.limits_the_whole_model:
+        raise ArgumentError(
+            "search= chooses how wide each group is, but these budgets fix every width: give "
+            'macs=, params=, latency=, or channels= with scope="global".'
+        )
 
 
 def build_model(model_factory: Any) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -13,16 +13,18 @@ from fxprune.coupling.analysis import Clock, label_and_couple
 from fxprune.criteria import Ranking, rank
 from fxprune.emission import emit_pruned, terms_of
 from fxprune.errors import RewriteError, VerificationError
+from fxprune.evaluation.scoring import Search, score_of
+from fxprune.evaluation.search import WidthSearch
 from fxprune.inputs import Call
 from fxprune.latency import Setting
-from fxprune.latency_budget import prune_to_latency
+from fxprune.latency_budget import Improve, KeptUnits, prune_to_latency
 from fxprune.result.plan import Plan
 from fxprune.result.pruned import Pruned
 from fxprune.rewrite import Survivors
 from fxprune.select.budget import Budget
 from fxprune.select.selection import select
 from fxprune.stages import replay, stages_of
-from fxprune.training.compensation import fold_constants
+from fxprune.training.compensation import Compensation, fold_constants
 from fxprune.training.least_squares import reconstruct
 from fxprune.verification import Verification, check
 
@@ -31,7 +33,10 @@ __all__ = [
     "carry_out",
     "compensated",
     "proofs",
+    "with_analysis",
 ]
+
+Emitted = TypeVar("Emitted")
 
 
 _ATTEMPTS = 16  # prune gives up after this many attempts, each of which pins one more node
@@ -51,6 +56,12 @@ class Task:
         Where a latency budget is measured; None if there is no such budget.
     clock:
         The seconds that each step takes.
+    search:
+        The score by which widths are chosen; None if the ranking alone chooses them.
+    data, compensate:
+        Batches ``(inputs, ...)``, and the method by which the weights of results are corrected on
+        them; empty if they are not. Models in parts get constants, because their Python may hand
+        other things to the pruned layers than to the original's.
     """
 
     model: nn.Module
@@ -61,6 +72,9 @@ class Task:
     budget: Budget
     setting: Setting | None
     clock: Clock
+    search: Search | None = None
+    data: Iterable[object] = ()
+    compensate: str = ""
 
 
 class Result(NamedTuple):
@@ -105,9 +119,7 @@ def carry_out(task: Task, verify: bool | None) -> tuple[Pruned, Coupling]:
     return pruned, coupling
 
 
-def compensated(
-    task: Task, pruned: Pruned, coupling: Coupling, data: Iterable[object], method: str
-) -> Pruned:
+def compensated(task: Task, pruned: Pruned, coupling: Coupling) -> Pruned:
     """Correct the weights of a result for what was removed, and report what could not be.
 
     Parameters
@@ -118,16 +130,9 @@ def compensated(
         The result; its model is changed in place.
     coupling:
         The analysis that it is based on.
-    data:
-        Batches ``(inputs, ...)``.
-    method:
-        ``"least_squares"`` or ``"constants"``. Models in parts get constants, because their Python
-        may hand other things to the pruned layers than to the original's.
     """
-    survivors = Survivors(coupling, {group.name: group.kept for group in pruned.plan.groups})
-    fit = reconstruct if method == "least_squares" and not coupling.parts else fold_constants
     with task.clock("compensate"):
-        done = fit(coupling, survivors, task.model, pruned.model, data)
+        done = _correct(task, pruned, coupling)
     report = replace(
         pruned.report,
         compensated=done.changed,
@@ -135,6 +140,14 @@ def compensated(
         seconds=dict(task.clock.seconds),
     )
     return replace(pruned, report=report)
+
+
+def _correct(task: Task, pruned: Pruned, coupling: Coupling) -> Compensation:
+    """Correct the weights of a result in place, and return what was corrected."""
+    survivors = Survivors(coupling, {group.name: group.kept for group in pruned.plan.groups})
+    by_squares = task.compensate == "least_squares" and not coupling.parts
+    fit = reconstruct if by_squares else fold_constants
+    return fit(coupling, survivors, task.model, pruned.model, task.data)
 
 
 def smaller_model(task: Task) -> Result:
@@ -145,16 +158,50 @@ def smaller_model(task: Task) -> Result:
     RewriteError
         If a node cannot be emitted and pinning its operands does not help.
     """
-    terms = task.terms
-    for _ in range(_ATTEMPTS):
-        coupling = label_and_couple(task.model, task.example, terms, task.clock)
+
+    def within_budget(coupling: Coupling, terms: Terms) -> Result:
+        """Choose the units that stay, and emit the smaller model."""
         with task.clock("score"):
             ranking = rank(task.criterion, coupling, task.model)
+        pruned, survivors = _within_budget(task, coupling, ranking, terms)
+        return Result(pruned, coupling, survivors)
+
+    return with_analysis(task.model, task.example, task.terms, task.clock, within_budget)
+
+
+def with_analysis(
+    model: nn.Module,
+    example: Call,
+    terms: Terms,
+    clock: Clock,
+    use: Callable[[Coupling, Terms], Emitted],
+) -> Emitted:
+    """Analyse a model and use the analysis to emit smaller models.
+
+    A node that cannot be emitted smaller is not guessed at: its operands are pinned, and the
+    analysis and its use are repeated.
+
+    Parameters
+    ----------
+    model, example:
+        The model, and a call of it.
+    terms:
+        The options of the analysis.
+    clock:
+        Adds up the seconds of the analysis.
+    use:
+        Takes the analysis and its options, and returns the result.
+
+    Raises
+    ------
+    RewriteError
+        If a node cannot be emitted and pinning its operands does not help.
+    """
+    for _ in range(_ATTEMPTS):
+        coupling = label_and_couple(model, example, terms, clock)
         try:
-            pruned, survivors = _within_budget(task, coupling, ranking, terms)
-            return Result(pruned, coupling, survivors)
+            return use(coupling, terms)
         except RewriteError as error:
-            # a node that cannot be emitted smaller is not guessed at: its operands stay whole
             if not error.node or error.node in terms.pinned_nodes:
                 raise
             terms = replace(terms, pinned_nodes=(*terms.pinned_nodes, error.node))
@@ -170,16 +217,57 @@ def _within_budget(
 ) -> tuple[Pruned, dict[str, tuple[int, ...]]]:
     """Choose the units that stay, and emit the smaller model; return it and the units."""
     model, budget, clock = task.model, task.budget, task.clock
+    search = _width_search(task, coupling, ranking, terms)
+    better = None if search is None else search.better
     if task.setting is None:
-        with clock("select"):
-            survivors = select(coupling, ranking, budget)
-        return emit_pruned(model, coupling, survivors, terms, clock), survivors
-    with clock("latency"):
-        pruned, survivors = prune_to_latency(
-            model, coupling, ranking, budget, terms, task.example_inputs, task.setting
-        )
-    report = replace(pruned.report, seconds=dict(clock.seconds))
+        survivors = _select(task, coupling, ranking, better)
+        pruned = emit_pruned(model, coupling, survivors, terms, clock)
+    else:
+        with clock("latency"):
+            pruned, survivors = prune_to_latency(
+                model, coupling, ranking, budget, terms, task.example_inputs, task.setting, better
+            )
+    report = replace(
+        pruned.report,
+        seconds=dict(clock.seconds),
+        search=None if search is None else search.row(survivors),
+    )
     return replace(pruned, report=report), survivors
+
+
+def _select(
+    task: Task, coupling: Coupling, ranking: Ranking, better: Improve | None
+) -> dict[str, tuple[int, ...]]:
+    """Return the units that stay within a budget that is counted, not measured."""
+
+    def choose(other: Ranking) -> dict[str, tuple[int, ...]]:
+        """Return the units that stay by another ranking."""
+        return select(coupling, other, task.budget)
+
+    with task.clock("select"):
+        first = choose(ranking)
+    if better is None:
+        return first
+    with task.clock("search"):
+        return dict(next(iter(better(first, choose)), first))
+
+
+def _width_search(
+    task: Task, coupling: Coupling, ranking: Ranking, terms: Terms
+) -> WidthSearch | None:
+    """Return the search for widths that was asked for, if any."""
+    search = task.search
+    if search is None:
+        return None
+
+    def scored(kept: KeptUnits) -> float:
+        """Return the score of the model that keeps these units, corrected as the result is."""
+        candidate = emit_pruned(task.model, coupling, dict(kept), terms, Clock())
+        if task.compensate:
+            _correct(task, candidate, coupling)
+        return score_of(search.score, candidate.model, "a candidate")
+
+    return WidthSearch(search, coupling, ranking, scored)
 
 
 def prove(task: Task, result: Result, trusted: list[str]) -> float:

@@ -79,6 +79,42 @@ def test_a_criterion_that_reads_data_gets_the_calibration_inputs(pretrained: Any
     assert len(set(pretrained.criteria_of("random", loader))) == pretrained.SEEDS
 
 
+def test_the_search_is_scored_by_other_inputs_than_the_judge() -> None:
+    """The score of the dense network is 0, and the inputs that correct weights are not scored."""
+    with imported("search") as search:
+        judge, read = sys.modules["_pretrained"], []
+
+        def model(batch: torch.Tensor) -> torch.Tensor:
+            read.extend(batch.flatten().tolist())
+            return batch.sum(1, keepdim=True)
+
+        calibration, test = torch.arange(8.0)[:, None], torch.full((4, 1), 99.0)
+        what = judge.Network(model, calibration, test, lambda found, wanted: 0.0, "nothing")
+        score, batches = search.scored(what)
+        assert score(model) == 0.0
+        # outputs 1, 3, 5, 7 that are off by 2 have an error of 4, and their variance is 5
+        assert score(lambda batch: model(batch) + 2) == pytest.approx(-0.8)
+        assert torch.cat([batch for (batch,) in batches]).flatten().tolist() == [0, 2, 4, 6]
+        assert set(read) == {1.0, 3.0, 5.0, 7.0}
+
+
+def test_the_table_of_the_search() -> None:
+    with imported("search") as search:
+        agreement = {"1": 0.5, "20": 0.75}
+        row = {"network": "crepe", "setting": "l2", "macs": 0.8, "agreement": agreement}
+        record = {
+            "command": "it",
+            "machine": {"processor": "", "cores": 2, "threads": 1, "date": "", "versions": {}},
+            "judged_by": {"crepe": "pitch"},
+            "evaluations": [1, 20],
+            "rows": [row],
+        }
+        record["machine"]["accelerator"] = None
+        lines = search.report(record).splitlines()
+    assert "|  | MACs left | ranking | search, 20 |" in lines
+    assert "| l2 | 0.8 | 0.500 | 0.750 |" in lines
+
+
 # -- data
 
 

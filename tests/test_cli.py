@@ -41,6 +41,10 @@ TINY = """
             return numpy.arange(coupling.context.units.count)
 
     last_units = LastUnits()
+
+    def norm(model):
+        with torch.no_grad():
+            return model(torch.ones(1, 3, 8, 8)).norm().item()
 """
 
 
@@ -603,6 +607,26 @@ def test_a_criterion_of_ones_own(tiny):
         )
         kept.append([group.kept for group in fxprune.Plan.from_json(result.stdout).groups])
     assert kept == [[(0, 1, 2, 3), (0, 1, 2)], [(4, 5, 6, 7), (3, 4, 5)]]
+
+
+def test_the_sensitivity_to_a_score_of_ones_own(tiny):
+    given = ("sensitivity", *TINY_ARGS, "--score", "tinymodels:norm", "--removed", "0.5")
+    result = run(*given, "--json", "--cache", tiny / "scores.json", "--criterion", "l2")
+    found = fxprune.Sensitivity.from_dict(json.loads(result.stdout))
+    assert [(p.group, p.kept, p.total) for p in found.points] == [
+        ("0.weight:0", 4, 8),
+        ("2.weight:0", 3, 6),
+    ]
+    assert (tiny / "scores.json").exists()
+    assert "units removed" in run(*given).stdout
+    assert "2.weight:0" not in run(*given, "--keep", "2").stdout
+
+
+def test_sensitivity_refuses(tiny):
+    given = ("sensitivity", *TINY_ARGS, "--score")
+    fails(run(*given, "tinymodels:norm", "--removed", "half"), "--removed 'half'", "0.25,0.5")
+    fails(run(*given, "tinymodels:NUMBER"), "no function")
+    fails(run(*given, "tinymodels:nothing"), "has no 'nothing'")
 
 
 def test_options_that_make_no_sense(tiny):

@@ -401,6 +401,50 @@ def test_the_aim_is_corrected_by_what_is_measured(clock: list[Callable[[int], fl
     assert row.forecast == pytest.approx(row.after, rel=0.1)
 
 
+def test_a_search_within_a_latency_budget(clock: list[Callable[[int], float]]) -> None:
+    """The best candidate that is measured within the budget is the result."""
+    clock[0] = lambda macs: macs**0.6
+    torch.manual_seed(0)
+    model = Net().eval()
+    plain = fxprune.prune(model, EXAMPLE, latency=0.6, device="cpu")
+
+    def score(candidate: nn.Module) -> float:
+        with torch.no_grad():
+            return -(candidate(EXAMPLE) - model(EXAMPLE)).norm().item()
+
+    search = fxprune.Search(score, evaluations=12)
+    found = fxprune.prune(model, EXAMPLE, latency=0.6, device="cpu", search=search, verify=True)
+    row, latency = found.report.search, found.report.latency
+    assert row is not None
+    assert latency is not None
+    assert 3 < row.evaluations <= 12  # two groups in blocks of four have few widths
+    assert row.candidates[0].kept == tuple(len(group.kept) for group in plain.plan.groups)
+    assert row.candidates[row.chosen].kept == tuple(len(g.kept) for g in found.plan.groups)
+    assert row.before == score(plain.model) < row.after == score(found.model)
+    assert latency.after / latency.before <= 0.6 * 1.02
+    measured = cost_of(found.model, EXAMPLE).macs ** 0.6
+    assert latency.after == pytest.approx(measured)
+
+
+def test_candidates_that_are_measured_too_slow_are_not_chosen(
+    clock: list[Callable[[int], float]],
+) -> None:
+    torch.manual_seed(0)
+    model = Net().eval()
+    plain = fxprune.prune(model, EXAMPLE, latency=0.6, device="cpu")
+    dense, first = (cost_of(one, EXAMPLE).macs for one in (model, plain.model))
+    # only the ranking's answer is as fast as its forecast
+    clock[0] = lambda macs: 1e-3 * (macs if macs in (dense, first) or macs < first / 2 else dense)
+    scores = iter(range(100))
+    search = fxprune.Search(lambda candidate: next(scores), evaluations=6)
+    found = fxprune.prune(model, EXAMPLE, latency=0.6, device="cpu", search=search)
+    row = found.report.search
+    assert row is not None
+    assert row.chosen == 0
+    assert max(one.score for one in row.candidates) > row.before
+    assert found.plan == plain.plan
+
+
 def test_what_cannot_be_reached(clock: list[Callable[[int], float]]) -> None:
     with pytest.raises(
         BudgetError,

@@ -1,4 +1,7 @@
-"""The commands ``inspect``, ``plan``, ``prune``, ``apply``, ``compare``, ``bench`` and ``export``.
+"""The commands of fxprune.
+
+They are ``inspect``, ``plan``, ``prune``, ``apply``, ``compare``, ``sensitivity``, ``bench`` and
+``export``.
 
 Results go to standard output. Progress, warnings and errors go to standard error, so that the
 output of ``--json`` can be piped. An error is printed without a traceback, and the exit code is 2,
@@ -15,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from fxprune import api, api_pruned
+from fxprune import api, api_pruned, api_sensitivity
 from fxprune.cli.groups import (
     BudgetOptions,
     LatencyOptions,
@@ -24,7 +27,7 @@ from fxprune.cli.groups import (
     TimingOptions,
     expand_groups,
 )
-from fxprune.cli.loading import model_and_inputs
+from fxprune.cli.loading import import_attribute, model_and_inputs
 from fxprune.cli.options import (
     Checkpoint,
     Criterion,
@@ -37,6 +40,7 @@ from fxprune.cli.options import (
     Verify,
     Weights,
     criterion_of,
+    removed_shares,
     several_criteria,
     units_of,
 )
@@ -200,6 +204,65 @@ _Criteria = Annotated[
         help="Criteria to set side by side, with commas; each as --criterion of prune.",
     ),
 ]
+_Score = Annotated[
+    str,
+    typer.Option(
+        metavar="FUNCTION",
+        help="package.module:function of your own, which takes a model and returns a number, the "
+        "higher the better.",
+        show_default=False,
+    ),
+]
+_Removed = Annotated[
+    str, typer.Option(metavar="SHARES", help="Shares of each group to remove, with commas.")
+]
+_CacheFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Keeps the scores, as JSON, to go on from.", show_default=False
+    ),
+]
+_PlotFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Draw the scores: .png, .svg or .pdf.", show_default=False),
+]
+
+
+@app.command()
+@expand_groups
+def sensitivity(
+    *,
+    score: _Score,
+    removed: _Removed = "0.1,0.25,0.5,0.75,0.9",
+    criterion: Criterion = "cpmc_flow",
+    keep: Keep = None,
+    units: UnitKind = None,
+    cache: _CacheFile = None,
+    plot: _PlotFile = None,
+    source: ModelInputOptions,
+    as_json: Json = False,
+) -> None:
+    """Score a model with one group narrower at a time, by a function of your own."""
+    with errors_to_stderr():
+        options = {"criterion": criterion_of(criterion), "removed": removed_shares(removed)}
+        function = import_attribute(score, "a score")
+        module, inputs = source.load_with_inputs()
+        with stage("scoring"):
+            found = api_sensitivity.sensitivity(
+                module,
+                inputs,
+                function,
+                keep=tuple(keep or ()),
+                units=units_of(units),
+                cache=cache,
+                **options,
+            )
+        if plot is not None:
+            with stage(f"drawing {plot}"):
+                found.plot(plot)
+        typer.echo(dumps(found.to_dict()) if as_json else str(found), nl=not as_json)
+
+
 _AllGroups = Annotated[
     bool,
     typer.Option("--full", help="Print all groups, not only those on which the criteria differ."),

@@ -49,6 +49,7 @@ __all__ = [
     "listed",
     "max_ratio_of",
     "rank_scopes",
+    "removed_shares",
     "several_criteria",
     "sizes",
     "units_of",
@@ -350,6 +351,20 @@ def sizes(text: str) -> list[int]:
     except ValueError:
         raise ArgumentError(
             f"--batch {text!r} is not a list of sizes: write for instance --batch 1,64."
+        ) from None
+
+
+def removed_shares(text: str) -> list[float]:
+    """Split a value of ``--removed`` at its commas into shares.
+
+    >>> removed_shares("0.25,0.5")
+    [0.25, 0.5]
+    """
+    try:
+        return [float(share) for share in listed(text)]
+    except ValueError:
+        raise ArgumentError(
+            f"--removed {text!r} is not a list of shares: write for instance --removed 0.25,0.5."
         ) from None
 
 

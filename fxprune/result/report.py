@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from fxprune.common.public import iterate_user_input, public
 from fxprune.errors import ArgumentError, PlanError
 
-__all__ = ["GroupRow", "LatencyRow", "PinnedRow", "Report"]
+__all__ = ["CandidateRow", "GroupRow", "LatencyRow", "PinnedRow", "Report", "SearchRow"]
 
 
 class GroupRow(NamedTuple):
@@ -46,6 +46,54 @@ class LatencyRow(NamedTuple):
     after: float
     forecast: float
     setting: str
+
+
+class CandidateRow(NamedTuple):
+    """The score of one candidate of a search, and how many units each group keeps in it."""
+
+    score: float
+    kept: tuple[int, ...]
+
+
+class SearchRow(NamedTuple):
+    """The candidates of a search for widths, in the order in which they were scored.
+
+    Attributes
+    ----------
+    candidates:
+        The first one is the choice by the ranking alone.
+    chosen:
+        The position of the one that is the result.
+    """
+
+    candidates: tuple[CandidateRow, ...]
+    chosen: int
+
+    @property
+    def evaluations(self) -> int:
+        """How many candidates were scored."""
+        return len(self.candidates)
+
+    @property
+    def before(self) -> float:
+        """The score of the choice by the ranking alone."""
+        return self.candidates[0].score
+
+    @property
+    def after(self) -> float:
+        """The score of the result."""
+        return self.candidates[self.chosen].score
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the candidates as dicts, lists and numbers."""
+        rows = [{"score": row.score, "kept": list(row.kept)} for row in self.candidates]
+        return {"candidates": rows, "chosen": self.chosen}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SearchRow:
+        """Return the row that :meth:`to_dict` returned as data."""
+        rows = [CandidateRow(row["score"], tuple(row["kept"])) for row in data["candidates"]]
+        return cls(tuple(rows), data["chosen"])
 
 
 _TEXTS = (
@@ -104,6 +152,8 @@ class Report:
     compensated, uncompensated:
         Names of the modules whose weights were corrected for what was removed, and of those that
         read removed channels but could not be corrected. Both are empty if no data was given.
+    search:
+        The candidates of a search for widths, with their scores; None if there was no search.
 
     Raises
     ------
@@ -145,6 +195,7 @@ class Report:
     not_set: tuple[str, ...] = ()
     compensated: tuple[str, ...] = ()
     uncompensated: tuple[str, ...] = ()
+    search: SearchRow | None = None
 
     def __post_init__(self) -> None:
         # Rows may be given as plain tuples, and pinned axes as one string or several.
@@ -184,6 +235,8 @@ class Report:
             _of_kind("latency", self.latency, tuple)
             for value, kind in zip(self.latency, (*[numbers.Real] * 3, str), strict=True):
                 _of_kind("latency", value, kind)
+        if self.search is not None:
+            _check_search(self.search)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all attributes as dicts, lists, strings, numbers and None, for ``json.dumps``."""
@@ -207,6 +260,7 @@ class Report:
             "compensated": list(self.compensated),
             "uncompensated": list(self.uncompensated),
             "latency": None if self.latency is None else self.latency._asdict(),
+            "search": None if self.search is None else self.search.to_dict(),
         }
 
     @classmethod
@@ -235,7 +289,9 @@ class Report:
             groups = tuple(GroupRow(**row) for row in data["groups"])
             pinned = tuple(PinnedRow(**row) for row in data["pinned"])
             latency = LatencyRow(**data["latency"]) if data.get("latency") else None
-            return cls(**{**data, "groups": groups, "pinned": pinned, "latency": latency})
+            search = SearchRow.from_dict(data["search"]) if data.get("search") else None
+            rows = {"groups": groups, "pinned": pinned, "latency": latency, "search": search}
+            return cls(**{**data, **rows})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PlanError(
                 f"this is not a report: {type(error).__name__}: {error}. Write reports with "
@@ -281,6 +337,9 @@ class Report:
             left = f" ({100 * after / before:.1f} % left)" if before else ""
             measured = f"{before:.3f} -> {after:.3f} ms{left}, {forecast:.3f} forecast"
             yield f"latency     {measured}; deployed {setting}"
+        if self.search is not None:
+            scored = f"{self.search.before:.4g} -> {self.search.after:.4g}"
+            yield f"score       {scored} in {_counted(self.search.evaluations, 'evaluation')}"
         pinned = [
             *_share(self.params_pinned, self.params_before, "parameters"),
             *_share(self.macs_pinned, self.macs_before, "MACs"),
@@ -315,6 +374,15 @@ def _pinned_rows(rows: Iterable[Any]) -> Iterator[PinnedRow]:
     """Yield rows with their axes in a tuple; they may be given as one string or as several."""
     for axes, *rest in rows:
         yield PinnedRow((axes,) if isinstance(axes, str) else tuple(axes), *rest)
+
+
+def _check_search(search: Any) -> None:
+    """Check the types of a search's attributes, and that its result is among its candidates."""
+    _of_kind("search", search, SearchRow)
+    if search.chosen not in range(len(search.candidates)):
+        raise ValueError(f"search has no candidate {search.chosen}")
+    for row in search.candidates:
+        _of_kind("search", row.score, numbers.Real)
 
 
 def _of_kind(name: str, value: Any, kind: Any) -> None:

@@ -28,7 +28,12 @@ __all__ = ["select"]
 
 
 def select(
-    coupling: Coupling, ranking: Ranking, budget: Budget, timed: TimeCost | None = None
+    coupling: Coupling,
+    ranking: Ranking,
+    budget: Budget,
+    timed: TimeCost | None = None,
+    *,
+    exchanges: bool = True,
 ) -> dict[str, tuple[int, ...]]:
     """Choose the units that survive.
 
@@ -42,6 +47,8 @@ def select(
         The budgets to reach.
     timed:
         The cost that a latency budget limits; needed if the budget has one.
+    exchanges:
+        Whether groups exchange units under a latency budget, to keep more value within it.
 
     Returns
     -------
@@ -75,7 +82,7 @@ def select(
         )
         descend(state)
         # an exchange compares the worth of units, which scopes say cannot be compared
-        if budget.latency is not None and budget.scopes is None:
+        if exchanges and budget.latency is not None and budget.scopes is None:
             exchange(state)
         give_back(state)
         widths = state.now
