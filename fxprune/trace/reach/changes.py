@@ -29,7 +29,7 @@ from fxprune.trace.reach.holders import (
     store_of,
     take_out_of,
 )
-from fxprune.trace.reach.search import Search
+from fxprune.trace.reach.search import NameSearch
 
 __all__ = ["REPEATED_CALLS", "Entry", "Reach"]
 

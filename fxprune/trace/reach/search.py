@@ -41,10 +41,10 @@ from fxprune.trace.reach.references import (
     references_of,
 )
 
-__all__ = ["Search"]
+__all__ = ["NameSearch"]
 
 
-class Search:
+class NameSearch:
     """A search that follows the names in the code of a model's own classes.
 
     Parameters
