@@ -41,7 +41,7 @@ If two ways are equally likely, 12 calls miss one of them in 1 of 4000 cases.
 """
 
 
-class Reach(Search):
+class Reach(NameSearch):
     """The objects and functions that the code of a model's own classes can reach.
 
     The search follows the names in the code. The state of what it finds is saved, so that a later
