@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -331,6 +332,9 @@ def criterion_of(text: str) -> Any:
     return found
 
 
+Number = TypeVar("Number", int, float)
+
+
 def listed(text: str) -> list[str]:
     """Split a text at its commas.
 
@@ -346,12 +350,9 @@ def sizes(text: str) -> list[int]:
     >>> sizes("1,64")
     [1, 64]
     """
-    try:
-        return [int(size) for size in listed(text)]
-    except ValueError:
-        raise ArgumentError(
-            f"--batch {text!r} is not a list of sizes: write for instance --batch 1,64."
-        ) from None
+    return _numbers(
+        text, int, "--batch {} is not a list of sizes: write for instance --batch 1,64."
+    )
 
 
 def removed_shares(text: str) -> list[float]:
@@ -360,12 +361,22 @@ def removed_shares(text: str) -> list[float]:
     >>> removed_shares("0.25,0.5")
     [0.25, 0.5]
     """
+    message = "--removed {} is not a list of shares: write for instance --removed 0.25,0.5."
+    return _numbers(text, float, message)
+
+
+def _numbers(text: str, read: Callable[[str], Number], message: str) -> list[Number]:
+    """Split a text at its commas into numbers; ``message`` says what is wrong with the text.
+
+    Raises
+    ------
+    ArgumentError
+        If the text holds something else.
+    """
     try:
-        return [float(share) for share in listed(text)]
+        return [read(each) for each in listed(text)]
     except ValueError:
-        raise ArgumentError(
-            f"--removed {text!r} is not a list of shares: write for instance --removed 0.25,0.5."
-        ) from None
+        raise ArgumentError(message.format(repr(text))) from None
 
 
 def several_criteria(names: str) -> dict[str, Any]:
