@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,8 +22,7 @@ from fxprune.result.stored_inputs import holds_objects, unpack_inputs
 from fxprune.rewrite import Survivors
 from fxprune.select.budget import Budget
 from fxprune.select.selection import select
-from fxprune.training.compensation import fold_constants
-from fxprune.training.least_squares import reconstruct
+from fxprune.training.methods import compensate_by
 from fxprune.verification import Verification, check
 
 __all__ = [
@@ -109,7 +108,11 @@ def carry_out(task: Task, verify: bool | None) -> tuple[Pruned, Coupling]:
 
 
 def compensated(
-    task: Task, pruned: Pruned, coupling: Coupling, data: Iterable[object], method: str
+    task: Task,
+    pruned: Pruned,
+    coupling: Coupling,
+    data: Iterable[object],
+    methods: Sequence[str],
 ) -> Pruned:
     """Correct the weights of a result for what was removed, and report what could not be.
 
@@ -123,18 +126,17 @@ def compensated(
         The analysis that it is based on.
     data:
         Batches ``(inputs, ...)``.
-    method:
-        ``"least_squares"`` or ``"constants"``. Models in parts get constants, because their Python
-        may hand other things to the pruned layers than to the original's.
+    methods:
+        The names of the methods.
     """
     survivors = Survivors(coupling, {group.name: group.kept for group in pruned.plan.groups})
-    fit = reconstruct if method == "least_squares" and not coupling.parts else fold_constants
     with task.clock("compensate"):
-        done = fit(coupling, survivors, task.model, pruned.model, data)
+        done = compensate_by(methods, coupling, survivors, task.model, pruned.model, data)
     report = replace(
         pruned.report,
         compensated=done.changed,
-        uncompensated=done.left,
+        uncompensated=done.uncorrected,
+        compensation_notes=done.notes,
         seconds=dict(task.clock.seconds),
     )
     return replace(pruned, report=report)

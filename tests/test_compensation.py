@@ -70,7 +70,7 @@ def test_constants_are_folded_exactly(kind: str) -> None:
     assert before > 1e-3
     torch.testing.assert_close(pruned.model(x), model(x))
     assert done.changed == ("second",)
-    assert done.left == ()
+    assert done.uncorrected == ()
 
 
 def teacher() -> nn.Sequential:
@@ -142,13 +142,13 @@ def test_what_cannot_be_compensated_is_said() -> None:
         model, fxprune.prune(model, x, channels=0.5), [(x,)], method="constants"
     )
     assert done.changed == ()
-    assert done.left == ("2",)
+    assert done.uncorrected == ("2",)
 
 
 def test_unknown_method_and_no_data() -> None:
     model, x = teacher(), torch.randn(4, 3, 8, 8)
     pruned = fxprune.prune(model, x, channels=0.5)
-    with pytest.raises(fxprune.ArgumentError, match=r"method='magic'.*constants.*least_squares"):
+    with pytest.raises(fxprune.ArgumentError, match=r"method='magic'.*least_squares.*constants"):
         fxprune.compensate(model, pruned, [(x,)], method="magic")
     with pytest.raises(fxprune.ArgumentError, match="no batch"):
         fxprune.compensate(model, pruned, [])
@@ -280,7 +280,7 @@ def test_a_weight_that_is_computed_is_left() -> None:
         before = pruned.model(ROWS)
         done = fxprune.compensate(model, pruned, [(ROWS,)], method=method)
         assert done.changed == ()
-        assert len(done.left) == 1
+        assert len(done.uncorrected) == 1
         torch.testing.assert_close(pruned.model(ROWS), before, rtol=0, atol=0)
 
 
@@ -317,7 +317,7 @@ def test_prune_with_data_compensates(method: str | None, same_as: str) -> None:
     done = fxprune.compensate(model, by_hand, [(x,)], method=same_as)
     torch.testing.assert_close(pruned.model(x), by_hand.model(x))
     assert pruned.report.compensated == done.changed
-    assert pruned.report.uncompensated == done.left
+    assert pruned.report.uncompensated == done.uncorrected
     assert f"compensated {len(done.changed)} modules" in str(pruned.report)
 
 

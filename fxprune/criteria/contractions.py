@@ -25,6 +25,7 @@ __all__ = [
     "WeightForm",
     "WholeOpsMode",
     "weight_form",
+    "with_statistics_of_batch",
 ]
 
 
@@ -144,7 +145,7 @@ class _ContractionMode(WholeOpsMode):
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and keep it if it is a contraction."""
         if self.own_statistics:
-            args, kwargs = _with_statistics_of_batch(func, args, kwargs)
+            args, kwargs = with_statistics_of_batch(func, args, kwargs)
         out = super().run(func, args, kwargs)
         macs = op_macs(func, args, kwargs, out)
         if macs:
@@ -152,7 +153,7 @@ class _ContractionMode(WholeOpsMode):
         return out
 
 
-def _with_statistics_of_batch(
+def with_statistics_of_batch(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of an operation with which it takes statistics of its batch.

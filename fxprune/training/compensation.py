@@ -41,14 +41,18 @@ class Compensation:
     Attributes
     ----------
     changed:
-        Names of the modules whose weights, bias or following normalisation were changed.
-    left:
+        Names of the modules whose weights, bias, following normalisation or statistics were
+        changed.
+    uncorrected:
         Names of the modules that read removed channels but were left as they were. Where a weight
         is computed by forward, or read by several nodes, it is the name of the node.
+    notes:
+        Sentences that say where a method was not used as asked for, and why.
     """
 
     changed: tuple[str, ...]
-    left: tuple[str, ...]
+    uncorrected: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def fold_constants(
@@ -95,17 +99,17 @@ def fold_constants(
     check_fits(coupling, survivors, pruned, consumers)
     constants = _lost_constants(model, consumers, loader, coupling.example)
     present = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
-    changed, left = [], list(consumers.others)
+    changed, uncorrected = [], list(consumers.others)
     for weight, consumer in consumers.items():
         if weight not in constants or consumer.constant is None:
-            left.append(consumer.name)
+            uncorrected.append(consumer.name)
             continue
         name, sign = consumer.constant
         with torch.no_grad():
             kept = survivors.take(coupling.parameters[name], constants[weight])
             present[name] += sign * kept.to(present[name].dtype)
         changed.append(consumer.name)
-    return Compensation(tuple(changed), tuple(left))
+    return Compensation(tuple(changed), tuple(uncorrected))
 
 
 def _lost_constants(

@@ -127,7 +127,7 @@ def _refit(
 ) -> Compensation:
     """Refit the consumers one after the other."""
     consumers = consumers_of(coupling, survivors)
-    changed, left = [], list(consumers.others)
+    changed, uncorrected = [], list(consumers.others)
     check_fits(coupling, survivors, pruned, consumers)
     parameters = dict(pruned.named_parameters())
     for name, consumer in consumers.items():
@@ -135,13 +135,13 @@ def _refit(
         if _can_be_refitted(consumer, parameters[name]):
             sums = _second_moments(survivors, model, pruned, consumer, batches)
         if sums is None:
-            left.append(consumer.name)
+            uncorrected.append(consumer.name)
             continue
         constant = consumer.constant
         bias = parameters[constant[0]] if consumer.bias and constant is not None else None
         _solve(consumer, parameters[name], bias, *sums, ridge)
         changed.append(consumer.name)
-    return Compensation(tuple(changed), tuple(left))
+    return Compensation(tuple(changed), tuple(uncorrected))
 
 
 def _can_be_refitted(consumer: Consumer, weight: Tensor) -> bool:
