@@ -88,7 +88,7 @@ def estimate_statistics(
     found = _statistics(pruned, batches)
     if not found.sums:
         return Compensation((), found.skipped)
-    refusal = _refusal(model, pruned, batches)
+    refusal = _why_refused(model, pruned, batches)
     if refusal:
         warnings.warn(refusal, FxpruneWarning, stacklevel=2)
         return Compensation((), found.names, (refusal,))
@@ -96,15 +96,15 @@ def estimate_statistics(
     return Compensation(tuple(found.sums), found.skipped)
 
 
-def _refusal(model: nn.Module, pruned: nn.Module, batches: Sequence[LoaderBatch]) -> str:
+def _why_refused(model: nn.Module, pruned: nn.Module, batches: Sequence[LoaderBatch]) -> str:
     """Return why the data does not serve, as the original shows; empty if it does."""
     count = max(1, len(batches) // _HELD_BACK)
     held = batches[-count:]
     wanted = _outputs(model, held)
-    by_pruning = _change(wanted, _outputs(pruned, held))
+    by_pruning = _relative_error(wanted, _outputs(pruned, held))
     with untouched(model):
         _statistics(model, batches[:-count] or batches).write()
-        by_statistics = _change(wanted, _outputs(model, held))
+        by_statistics = _relative_error(wanted, _outputs(model, held))
     if by_statistics <= by_pruning:
         return ""
     return (
@@ -124,7 +124,7 @@ def _outputs(model: nn.Module, batches: Sequence[LoaderBatch]) -> list[Tensor]:
     return found
 
 
-def _change(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+def _relative_error(wanted: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     """Return the relative error of outputs; infinite if they have other shapes."""
     if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in got]:
         return math.inf
@@ -165,7 +165,7 @@ class _StatisticsMode(WholeOpsMode):
         tensors = named_tensors(model).items()
         self._owners = IdentityMap((tensor, name.rpartition(".")[0]) for name, tensor in tensors)
         self._seen: dict[str, None] = {}
-        self.sums: dict[str, _Sums] = {}
+        self.sums: dict[str, _Inputs] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -190,7 +190,7 @@ class _StatisticsMode(WholeOpsMode):
         if instead[1] is kwargs:  # one value for each channel
             return super().run(func, args, kwargs)
         if owner not in self.sums:
-            self.sums[owner] = _Sums(mean, variance)
+            self.sums[owner] = _Inputs(mean, variance)
         self.sums[owner].add(next(iter(given.values())))
         return super().run(func, *instead)
 
@@ -203,7 +203,7 @@ class _StatisticsMode(WholeOpsMode):
 
 
 @dataclass
-class _Sums:
+class _Inputs:
     """What the inputs of a normalisation sum up to.
 
     Attributes
