@@ -6,8 +6,9 @@
 
 Each criterion prunes networks that other people trained (EfficientNet-lite0, MTCNN, CREPE) to
 shares of their multiply-accumulates. The pruned network is compared with the dense one on inputs
-whose sources neither the criterion nor the compensation has seen. ``/constants`` and
-``/least_squares`` after a criterion compensate on the calibration inputs. ``cpmc_flow+data`` reads
+whose sources neither the criterion nor the compensation has seen. ``/constants``,
+``/least_squares``, ``/batch_norm`` and ``/least_squares+batch_norm`` after a criterion compensate
+on the calibration inputs. ``cpmc_flow+data`` reads
 these, too, as ``activation`` does. ``random`` is the mean over five seeds. torch-pruning's
 importances prune globally; its ``pruning_ratio`` is searched until as few multiply-accumulates are
 left, and its results cannot be compensated.
@@ -51,7 +52,7 @@ CRITERIA = (
     "torch-pruning magnitude",
     "torch-pruning lamp",
 )
-METHODS = ("", "/constants", "/least_squares")
+METHODS = ("", "/constants", "/least_squares", "/batch_norm", "/least_squares+batch_norm")
 SHARES = (0.9, 0.8, 0.7, 0.5)
 SEEDS = 5
 BATCH = 16
@@ -101,7 +102,7 @@ def _agreement(
     for criterion in chosen:
         pruned = fxprune.prune(what.model, what.example, macs=share, criterion=criterion)
         if method:
-            fxprune.compensate(what.model, pruned, loader, method=method)
+            fxprune.compensate(what.model, pruned, loader, method=method.split("+"))
         found.append(what.agreement(what.outputs(pruned.model), dense))
     return statistics.mean(found)
 

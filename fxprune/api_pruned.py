@@ -11,8 +11,9 @@ from torch import nn
 from fxprune.calibration import check_loader
 from fxprune.common.compiled import uncompiled
 from fxprune.common.models import check_model
-from fxprune.common.numbers import as_number, check_bool, check_integer
+from fxprune.common.numbers import check_bool, check_integer
 from fxprune.common.public import public, short_repr
+from fxprune.criteria.ridge import check_ridge
 from fxprune.errors import ArgumentError
 from fxprune.inputs import ExampleInputs, read
 from fxprune.options import check_pruned
@@ -146,9 +147,9 @@ def compensate(
         that layer has no bias, it is subtracted from the running mean of the batch normalisation
         that follows. ``"least_squares"`` refits each next layer on the channels that it still
         reads. ``"batch_norm"`` sets the running statistics of batch normalisations to those of
-        the data, unless the data changes the original's outputs more than pruning has. A list
-        combines one of the first two with the last: weights are corrected first, whatever the
-        order of the names.
+        the data, unless these change the original's outputs more than pruning has, or do not help.
+        A list combines one of the first two with the last: weights are corrected first, whatever
+        the order of the names.
     ridge:
         The strength of the regularisation for least squares, as a share of the mean square of the
         inputs. It keeps weights where they are in directions that the data does not show. By
@@ -187,7 +188,7 @@ def compensate(
     ('2',)
     """
     methods = read_methods("method", method)
-    damping = None if ridge is None else _checked_ridge(ridge)
+    damping = check_ridge(ridge)
     check_pruned(pruned, "compensate")
     model = uncompiled(model)
     check_model(model)
@@ -196,15 +197,6 @@ def compensate(
     return compensate_by(
         methods, coupling, Survivors(coupling, kept), model, pruned.model, loader, ridge=damping
     )
-
-
-def _checked_ridge(ridge: Any) -> float:
-    """Return ``ridge`` as a number, or raise an ArgumentError if it is not one of at least 0."""
-    damping = as_number(ridge)
-    if damping is None or not 0 <= damping < float("inf"):
-        message = f"ridge={short_repr(ridge)} must be a number of at least 0, e.g. ridge=0.1."
-        raise ArgumentError(message)
-    return damping
 
 
 def _last_stage(plan: Plan, model: nn.Module) -> Plan:

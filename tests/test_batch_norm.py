@@ -124,20 +124,41 @@ def test_the_report_says_that_data_was_refused() -> None:
     assert fxprune.Report.from_dict(pruned.report.to_dict()) == pruned.report
 
 
-def test_statistics_follow_least_squares() -> None:
+def test_statistics_follow_the_weights() -> None:
     """Whatever the order of the names, the weights are corrected first."""
     model, results = trained(), []
-    for method in (["least_squares", "batch_norm"], ("batch_norm", "least_squares")):
+
+    def disturbed() -> fxprune.Pruned:
+        """Return a pruned network with statistics that have to be estimated again."""
         pruned = fxprune.prune(model, IMAGES[:2], channels=0.5)
+        pruned.model.get_submodule("1").running_var.mul_(9)
+        return pruned
+
+    for method in (["constants", "batch_norm"], ("batch_norm", "constants")):
+        pruned = disturbed()
         done = fxprune.compensate(model, pruned, iter([(IMAGES,)]), method=method)
         assert done == fxprune.Compensation(("3", "6", "1", "4"), ())
         results.append(pruned.model.state_dict())
-    by_hand = fxprune.prune(model, IMAGES[:2], channels=0.5)
-    for method in ("least_squares", "batch_norm"):
+    by_hand = disturbed()
+    for method in ("constants", "batch_norm"):
         fxprune.compensate(model, by_hand, [(IMAGES,)], method=method)
     for result in results:
         for name, value in by_hand.model.state_dict().items():
             torch.testing.assert_close(result[name], value, rtol=0, atol=0)
+
+
+def test_statistics_that_do_not_help_are_refused() -> None:
+    """Least squares have fitted the layers to the statistics that there are."""
+    model = trained()
+    pruned = fxprune.prune(model, IMAGES[:2], channels=0.5)
+    fitted = fxprune.compensate(model, pruned, [(IMAGES,)], method="least_squares")
+    before = copy.deepcopy(pruned.model.state_dict())
+    with pytest.warns(fxprune.FxpruneWarning, match=r"error would be 0\.\d+, and is 0\.\d+"):
+        done = fxprune.compensate(model, pruned, [(IMAGES,)], method="batch_norm")
+    assert fitted.changed == ("3", "6")
+    assert done.uncorrected == ("1", "4")
+    now = pruned.model.state_dict()
+    assert all(torch.equal(value, now[name]) for name, value in before.items())
 
 
 def test_a_single_value_per_channel_has_no_variance() -> None:

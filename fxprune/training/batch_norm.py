@@ -45,10 +45,12 @@ def estimate_statistics(
     normalisation uses the statistics of its batch, so every layer reads normalised inputs. A
     normalisation is an operation that reads running statistics, whatever module makes the call.
 
-    The data is tried on the original first. If new statistics change the original's outputs more
-    than pruning has, the data says too little about what the network was trained on: the pruned
-    model then stays as it is. Both changes are relative errors on a quarter of the batches, which
-    the statistics are not taken from; a single batch is used for both.
+    The data is tried first, on the original and on the pruned model. If new statistics change the
+    original's outputs more than pruning has, the data says too little about what the network was
+    trained on. If they bring the pruned model's outputs no nearer to the original's, they do not
+    help. In both cases the pruned model stays as it is. The changes are relative errors on a
+    quarter of the batches, which the statistics are not taken from; a single batch is used for
+    both.
 
     Parameters
     ----------
@@ -97,21 +99,43 @@ def estimate_statistics(
 
 
 def _why_refused(model: nn.Module, pruned: nn.Module, batches: Sequence[LoaderBatch]) -> str:
-    """Return why the data does not serve, as the original shows; empty if it does."""
+    """Return why the data does not serve, as batches that are held back show; empty if it does."""
     count = max(1, len(batches) // _HELD_BACK)
-    held = batches[-count:]
+    read, held = batches[:-count] or batches, batches[-count:]
     wanted = _outputs(model, held)
-    by_pruning = _relative_error(wanted, _outputs(pruned, held))
-    with untouched(model):
-        _statistics(model, batches[:-count] or batches).write()
-        by_statistics = _relative_error(wanted, _outputs(model, held))
-    if by_statistics <= by_pruning:
+    before = _relative_error(wanted, _outputs(pruned, held))
+    dense, after = (_error_with_statistics(each, read, held, wanted) for each in (model, pruned))
+    if dense <= before and after <= before:
         return ""
     return (
         "the statistics of batch normalisations stay as they are: those of this data change the "
-        f"outputs of the dense model by {by_statistics:.2g}, relative, and pruning changed them "
-        f"by {by_pruning:.2g}. Give more samples, from more sources."
+        f"outputs of the dense model by {dense:.2g}, relative; the pruned model's error would be "
+        f"{after:.2g}, and is {before:.2g}. Give more samples, from more sources."
     )
+
+
+def _error_with_statistics(
+    model: nn.Module,
+    read: Sequence[LoaderBatch],
+    held: Sequence[LoaderBatch],
+    wanted: Sequence[Tensor],
+) -> float:
+    """Return the relative error of outputs with the statistics of other batches.
+
+    Parameters
+    ----------
+    model:
+        The model. It is left as it is.
+    read:
+        The batches that the statistics are taken from.
+    held:
+        The batches that outputs are compared on.
+    wanted:
+        The outputs to compare with.
+    """
+    with untouched(model):
+        _statistics(model, read).write()
+        return _relative_error(wanted, _outputs(model, held))
 
 
 def _outputs(model: nn.Module, batches: Sequence[LoaderBatch]) -> list[Tensor]:

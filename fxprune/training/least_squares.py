@@ -20,6 +20,7 @@ from fxprune.calibration import (
 )
 from fxprune.coupling import Coupling
 from fxprune.criteria.columns import input_rows, is_matrix_product, weight_rows
+from fxprune.criteria.ridge import default_ridge
 from fxprune.errors import ArgumentError
 from fxprune.ops import bind
 from fxprune.rewrite import Survivors
@@ -34,15 +35,6 @@ from fxprune.training.consumers import (
 )
 
 __all__ = ["reconstruct"]
-
-
-_SAMPLES = 50
-"""With this many samples, the penalty weighs as much as the mean square of an input.
-
-On pretrained networks and inputs from other sources than those of the fit, a share between a tenth
-and one keeps most, with 200 samples; a share of 1e-4 fits the sources
-(``benchmarks/pretrained.py``).
-"""
 
 
 def reconstruct(
@@ -97,7 +89,7 @@ def reconstruct(
     batches = list(batches_of(loader, model, coupling.example))
     check_read(len(batches))
     if ridge is None:
-        ridge = _SAMPLES / sum(batch.size for batch in batches)
+        ridge = default_ridge(sum(batch.size for batch in batches))
     consumers = consumers_of(coupling, survivors)
     check_fits(coupling, survivors, pruned, consumers)
     with _as_before(pruned):
