@@ -65,6 +65,8 @@ def criteria_of(name: str, loader: list[Any]) -> list[Any]:
             return [criteria.Random(seed) for seed in range(SEEDS)]
         case "activation":
             return [criteria.Activation(loader)]
+        case "surgeon":  # not among CRITERIA: minutes for layers that read thousands of numbers
+            return [criteria.SurgeonOrder(loader)]
         case "cpmc_flow+data":
             return [criteria.FlowCPMC(data=loader)]
         case _:

@@ -132,11 +132,14 @@ def test_a_loop_over_a_part_is_read() -> None:
 
 
 def test_too_few_samples_are_refused_with_the_number_that_is_needed() -> None:
-    model, x = Two().double().eval(), torch.randn(7, 4).double()
-    coupling = fxprune.analyze(model, x[:2])
-    with pytest.raises(fxprune.ArgumentError, match=r"reads 6 numbers .* at least 12 samples"):
-        SurgeonOrder([(x,)]).scores(coupling, model)
-    assert SurgeonOrder([(torch.randn(12, 4).double(),)]).scores(coupling, model).any()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 35), nn.Tanh(), nn.Linear(35, 2)).double().eval()
+    x = torch.randn(4, 4).double()
+    coupling = fxprune.analyze(model, x)
+    # ten numbers for each position: 35 numbers need four
+    with pytest.raises(fxprune.ArgumentError, match=r"reads 35 numbers .* at least 4 samples"):
+        SurgeonOrder([(x[:3],)]).scores(coupling, model)
+    assert SurgeonOrder([(x,)]).scores(coupling, model).any()
 
 
 def test_units_that_no_layer_reads_are_refused() -> None:
