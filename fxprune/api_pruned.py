@@ -147,9 +147,9 @@ def compensate(
         that layer has no bias, it is subtracted from the running mean of the batch normalisation
         that follows. ``"least_squares"`` refits each next layer on the channels that it still
         reads. ``"batch_norm"`` sets the running statistics of batch normalisations to those of
-        the data, unless these change the original's outputs more than pruning has, or do not help.
-        A list combines one of the first two with the last: weights are corrected first, whatever
-        the order of the names.
+        the data, unless that does harm on batches that are held back: the changes of the
+        original's outputs count, too. A list combines one of the first two with the last: weights
+        are corrected first, whatever the order of the names.
     ridge:
         The strength of the regularisation for least squares, as a share of the mean square of the
         inputs. It keeps weights where they are in directions that the data does not show. By

@@ -45,10 +45,10 @@ def estimate_statistics(
     normalisation uses the statistics of its batch, so every layer reads normalised inputs. A
     normalisation is an operation that reads running statistics, whatever module makes the call.
 
-    The data is tried first, on the original and on the pruned model. If new statistics change the
-    original's outputs more than pruning has, the data says too little about what the network was
-    trained on. If they bring the pruned model's outputs no nearer to the original's, they do not
-    help. In both cases the pruned model stays as it is. The changes are relative errors on a
+    The data is tried first, on both models. By how much new statistics change the outputs of the
+    original, whose statistics are right, is the error that the data's sources bring in. This error
+    and that of the pruned model with new statistics must together be no more than what the pruned
+    model has now; otherwise it stays as it is. The errors are relative ones of the outputs, on a
     quarter of the batches, which the statistics are not taken from; a single batch is used for
     both.
 
@@ -105,7 +105,7 @@ def _why_refused(model: nn.Module, pruned: nn.Module, batches: Sequence[LoaderBa
     wanted = _outputs(model, held)
     before = _relative_error(wanted, _outputs(pruned, held))
     dense, after = (_error_with_statistics(each, read, held, wanted) for each in (model, pruned))
-    if dense <= before and after <= before:
+    if dense + after <= before:
         return ""
     return (
         "the statistics of batch normalisations stay as they are: those of this data change the "
