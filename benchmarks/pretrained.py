@@ -8,12 +8,12 @@
 
 Each criterion prunes networks that other people trained (EfficientNet-lite0, MTCNN, CREPE) to
 shares of their multiply-accumulates. The pruned network is compared with the dense one on inputs
-whose sources neither the criterion nor the compensation has seen. ``/constants`` and
-``/least_squares`` after a criterion compensate on the calibration inputs. ``cpmc_flow+data`` reads
-these, too, as ``activation`` does. ``cpmc_flow:1`` has another exponent of the computation.
-``random`` is the mean over five seeds. torch-pruning's
-importances prune globally; its ``pruning_ratio`` is searched until as few multiply-accumulates are
-left, and its results cannot be compensated.
+whose sources neither the criterion nor the compensation has seen. ``/constants``,
+``/least_squares``, ``/batch_norm`` and ``/least_squares+batch_norm`` after a criterion compensate
+on the calibration inputs. ``cpmc_flow+data`` reads these, too, as ``activation`` does.
+``cpmc_flow:1`` has another exponent of the computation. ``random`` is the mean over five seeds.
+torch-pruning's importances prune globally; its ``pruning_ratio`` is searched until as few
+multiply-accumulates are left, and its results cannot be compensated.
 
 The standard error of a share s of n inputs is the root of s (1 - s) / n. Results go to
 ``benchmarks/results/pretrained.json`` and ``.md``. The packages:
@@ -55,7 +55,7 @@ CRITERIA = (
     "torch-pruning magnitude",
     "torch-pruning lamp",
 )
-METHODS = ("", "/constants", "/least_squares")
+METHODS = ("", "/constants", "/least_squares", "/batch_norm", "/least_squares+batch_norm")
 SHARES = (0.9, 0.8, 0.7, 0.5)
 SEEDS = 5
 BATCH = 16
@@ -68,6 +68,8 @@ def criteria_of(name: str, loader: list[Any]) -> list[Any]:
             return [criteria.Random(seed) for seed in range(SEEDS)]
         case "activation":
             return [criteria.Activation(loader)]
+        case "surgeon":  # not among CRITERIA: minutes for layers that read thousands of numbers
+            return [criteria.SurgeonOrder(loader)]
         case "cpmc_flow+data":
             return [criteria.FlowCPMC(data=loader)]
         case _ if name.startswith("cpmc_flow:"):
@@ -107,7 +109,7 @@ def _agreement(
     for criterion in chosen:
         pruned = fxprune.prune(what.model, what.example, macs=share, criterion=criterion)
         if method:
-            fxprune.compensate(what.model, pruned, loader, method=method)
+            fxprune.compensate(what.model, pruned, loader, method=method.split("+"))
         found.append(what.agreement(what.outputs(pruned.model), dense))
     return statistics.mean(found)
 

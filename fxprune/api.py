@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -123,7 +123,7 @@ def prune(
     max_ratio: float | Mapping[str, float] = 1.0,
     scopes: str | Mapping[str, str | Iterable[str]] | None = None,
     data: Iterable[object] | None = None,
-    compensate: str | None = None,
+    compensate: str | Sequence[str] | None = None,
     search: Search | None = None,
     verify: bool | None = None,
 ) -> Pruned:
@@ -205,8 +205,9 @@ def prune(
         from varied sources are enough; the network is fitted to what they show.
     compensate:
         How the weights are corrected with ``data``, as in :func:`compensate`:
-        ``"least_squares"`` (the default; ``"constants"`` for models that are not one graph),
-        ``"constants"`` or ``"none"``. The report names the modules that could not be corrected.
+        ``"least_squares"`` (the default), ``"constants"``, ``"batch_norm"``, a list of one of the
+        first two and the last, or ``"none"``. The report names the modules that could not be
+        corrected.
     search:
         A :class:`Search`: it chooses the widths of the groups by a score of the pruned models,
         within the same budget. The criterion still says which units of a group go. With ``data``,
@@ -228,7 +229,7 @@ def prune(
     FxpruneWarning
         If channels should be removed but none, or nearly none, could be. Also if the model's
         training mode cannot be followed: the pruned model then computes the same in training as in
-        evaluation.
+        evaluation. Also if ``"batch_norm"`` refuses the data.
 
     Raises
     ------
@@ -262,7 +263,7 @@ def prune(
     >>> pruned.model(torch.zeros(5, 3, 8, 8)).shape, pruned.model.get_submodule("0").weight.shape
     (torch.Size([5, 4, 4, 4]), torch.Size([4, 3, 3, 3]))
     """
-    method = read_compensation(data, compensate)
+    methods = read_compensation(data, compensate)
     budget = read_budget(
         channels, macs, params, latency, scope, layers, round_to, min_channels, max_ratio, scopes
     )
@@ -271,9 +272,9 @@ def prune(
     criterion = criterion if data is None else given_data(criterion, data)
     check_search(search, budget)
     task = _task(model, example_inputs, keep, units, criterion, budget, setting)
-    task = replace(task, search=search, data=() if data is None else data, compensate=method)
+    task = replace(task, search=search, data=() if data is None else data, compensate=methods)
     pruned, coupling = carry_out(task, verify)
-    if method:
+    if methods:
         pruned = compensated(task, pruned, coupling)
     warn_if_training_is_lost(coupling, stacklevel=3)
     warn_if_little_removed(pruned.report, coupling, budget, stacklevel=3)

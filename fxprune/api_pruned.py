@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,20 +11,19 @@ from torch import nn
 from fxprune.calibration import check_loader
 from fxprune.common.compiled import uncompiled
 from fxprune.common.models import check_model
-from fxprune.common.numbers import as_number, check_bool, check_integer
+from fxprune.common.numbers import check_bool, check_integer
 from fxprune.common.public import public, short_repr
+from fxprune.criteria.ridge import check_ridge
 from fxprune.errors import ArgumentError
 from fxprune.inputs import ExampleInputs, read
-from fxprune.options import (
-    check_pruned,
-)
+from fxprune.options import check_pruned
 from fxprune.pipeline import proofs
 from fxprune.result.plan import Plan
 from fxprune.result.pruned import Pruned
 from fxprune.rewrite import Survivors
 from fxprune.stages import replay, stages_of
-from fxprune.training.compensation import Compensation, fold_constants
-from fxprune.training.least_squares import reconstruct
+from fxprune.training.compensation import Compensation
+from fxprune.training.methods import compensate_by, read_methods
 from fxprune.verification import Verification
 
 __all__ = ["compensate", "verify"]
@@ -128,7 +127,7 @@ def compensate(
     pruned: Pruned,
     loader: Iterable[object],
     *,
-    method: str = "constants",
+    method: str | Sequence[str] = "constants",
     ridge: float | None = None,
 ) -> Compensation:
     """Correct the weights that stay for the removed channels, before any fine-tuning.
@@ -148,7 +147,10 @@ def compensate(
         ``"constants"`` adds the mean of the missing contribution to the bias of the next layer. If
         that layer has no bias, it is subtracted from the running mean of the batch normalisation
         that follows. ``"least_squares"`` refits each next layer on the channels that it still
-        reads.
+        reads. ``"batch_norm"`` sets the running statistics of batch normalisations to those of
+        the data, unless that does harm on batches that are held back: the changes of the
+        original's outputs count, too. A list combines one of the first two with the last: weights
+        are corrected first, whatever the order of the names.
     ridge:
         The strength of the regularisation for least squares, as a share of the mean square of the
         inputs. It keeps weights where they are in directions that the data does not show. By
@@ -158,13 +160,25 @@ def compensate(
     -------
     Compensation
         The names of the modules that were corrected (``changed``), and of those that read removed
-        channels but could not be corrected (``left``).
+        channels but could not be corrected (``uncorrected``). ``notes`` says where a method was
+        not used as asked for.
+
+    Warns
+    -----
+    FxpruneWarning
+        If ``"batch_norm"`` refuses the data.
 
     Raises
     ------
     ArgumentError
         If the method or ``ridge`` is not valid, if there is no data, or if ``model`` is not the
         model before the last pruning.
+
+    Notes
+    -----
+    Least squares are those of He et al., "Channel Pruning for Accelerating Very Deep Neural
+    Networks", ICCV 2017, eq. 4. Statistics are estimated as in Wu and Johnson, "Rethinking 'Batch'
+    in BatchNorm", 2021, section 3.
 
     Examples
     --------
@@ -174,29 +188,16 @@ def compensate(
     >>> fxprune.compensate(net, fxprune.prune(net, x, channels=0.5), [(x,)]).changed
     ('2',)
     """
-    if not isinstance(method, str) or method not in ("constants", "least_squares"):
-        raise ArgumentError(
-            f"method={short_repr(method)} is neither 'constants' nor 'least_squares'."
-        )
-    damping = None if ridge is None else _checked_ridge(ridge)
+    methods = read_methods("method", method)
+    damping = check_ridge(ridge)
     check_pruned(pruned, "compensate")
     model = uncompiled(model)
     check_model(model)
     check_loader(loader)
     coupling, kept, _ = replay(_last_stage(pruned.plan, model), model)
-    survivors = Survivors(coupling, kept)
-    if method == "constants":
-        return fold_constants(coupling, survivors, model, pruned.model, loader)
-    return reconstruct(coupling, survivors, model, pruned.model, loader, ridge=damping)
-
-
-def _checked_ridge(ridge: Any) -> float:
-    """Return ``ridge`` as a number, or raise an ArgumentError if it is not one of at least 0."""
-    damping = as_number(ridge)
-    if damping is None or not 0 <= damping < float("inf"):
-        message = f"ridge={short_repr(ridge)} must be a number of at least 0, e.g. ridge=0.1."
-        raise ArgumentError(message)
-    return damping
+    return compensate_by(
+        methods, coupling, Survivors(coupling, kept), model, pruned.model, loader, ridge=damping
+    )
 
 
 def _last_stage(plan: Plan, model: nn.Module) -> Plan:

@@ -23,6 +23,7 @@ from fxprune.latency import Setting
 from fxprune.result.plan import Plan, check_groups
 from fxprune.select.budget import Budget
 from fxprune.select.scopes import ISOMORPHIC
+from fxprune.training.methods import DEFAULT, read_methods
 
 __all__ = [
     "Kept",
@@ -344,15 +345,15 @@ def latency_setting(
     )
 
 
-def read_compensation(data: Any, method: Any) -> str:
-    """Return how to compensate for removed channels; empty if not at all.
+def read_compensation(data: Any, method: Any) -> tuple[str, ...]:
+    """Return the methods that compensate for removed channels; empty if none does.
 
     Parameters
     ----------
     data:
         The loader that the caller gave, or None.
     method:
-        The method that the caller named, or None.
+        The method that the caller named, or several, or ``"none"``, or None.
 
     Raises
     ------
@@ -362,18 +363,14 @@ def read_compensation(data: Any, method: Any) -> str:
     """
     if data is not None:
         check_repeatable(data)
-    if method is not None and not (isinstance(method, str) and method in _COMPENSATION):
-        raise ArgumentError(
-            f"compensate={short_repr(method)} is none of {', '.join(map(repr, _COMPENSATION))}."
-        )
+    if isinstance(method, str) and method == "none":
+        return ()
+    if method is None:
+        return () if data is None else DEFAULT
+    methods = read_methods("compensate", method, others=["none"])
     if data is None:
-        if method in (None, "none"):
-            return ""
         raise ArgumentError(f"compensate={method!r} needs data=, a loader of the model's inputs.")
-    return "" if method == "none" else str(method or _COMPENSATION[0])
-
-
-_COMPENSATION = ("least_squares", "constants", "none")
+    return methods
 
 
 def check_pruned(pruned: Any, function: str) -> None:

@@ -24,8 +24,8 @@ from fxprune.rewrite import Survivors
 from fxprune.select.budget import Budget
 from fxprune.select.selection import select
 from fxprune.stages import replay, stages_of
-from fxprune.training.compensation import Compensation, fold_constants
-from fxprune.training.least_squares import reconstruct
+from fxprune.training.compensation import Compensation
+from fxprune.training.methods import compensate_by
 from fxprune.verification import Verification, check
 
 __all__ = [
@@ -59,9 +59,8 @@ class Task:
     search:
         The score by which widths are chosen; None if the ranking alone chooses them.
     data, compensate:
-        Batches ``(inputs, ...)``, and the method by which the weights of results are corrected on
-        them; empty if they are not. Models in parts get constants, because their Python may hand
-        other things to the pruned layers than to the original's.
+        Batches ``(inputs, ...)``, and the methods by which the weights of results are corrected on
+        them; empty if they are not.
     """
 
     model: nn.Module
@@ -74,7 +73,7 @@ class Task:
     clock: Clock
     search: Search | None = None
     data: Iterable[object] = ()
-    compensate: str = ""
+    compensate: tuple[str, ...] = ()
 
 
 class Result(NamedTuple):
@@ -136,7 +135,8 @@ def compensated(task: Task, pruned: Pruned, coupling: Coupling) -> Pruned:
     report = replace(
         pruned.report,
         compensated=done.changed,
-        uncompensated=done.left,
+        uncompensated=done.uncorrected,
+        compensation_notes=done.notes,
         seconds=dict(task.clock.seconds),
     )
     return replace(pruned, report=report)
@@ -145,9 +145,7 @@ def compensated(task: Task, pruned: Pruned, coupling: Coupling) -> Pruned:
 def _correct(task: Task, pruned: Pruned, coupling: Coupling) -> Compensation:
     """Correct the weights of a result in place, and return what was corrected."""
     survivors = Survivors(coupling, {group.name: group.kept for group in pruned.plan.groups})
-    by_squares = task.compensate == "least_squares" and not coupling.parts
-    fit = reconstruct if by_squares else fold_constants
-    return fit(coupling, survivors, task.model, pruned.model, task.data)
+    return compensate_by(task.compensate, coupling, survivors, task.model, pruned.model, task.data)
 
 
 def smaller_model(task: Task) -> Result:

@@ -249,7 +249,7 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     ),
     "least squares": (
         fxprune.compensate,
-        lambda: both(loader=loader(), method="least_squares", ridge=1e-4),
+        lambda: both(loader=loader(), method=["least_squares", "batch_norm"], ridge=1e-4),
     ),
     "deploy": (fxprune.deploy, lambda: {"model": made()["pruned"].model, "channels_last": False}),
     "export": (
@@ -388,6 +388,10 @@ DOORS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "Activation": (scored(criteria.Activation), lambda: data()),
     "ActivationVariance": (scored(criteria.ActivationVariance), lambda: data()),
     "Wanda": (scored(criteria.Wanda), lambda: data()),
+    "SurgeonOrder": (
+        scored(criteria.SurgeonOrder),
+        lambda: data(loader=[(torch.randn(32, 3),)], computation=0.5, parameters=0.1, ridge=0.1),
+    ),
     "HessianDiagonal": (
         scored(criteria.HessianDiagonal),
         lambda: data(loss=F.mse_loss, probes=1, seed=1),

@@ -332,7 +332,7 @@ def criterion_of(text: str) -> Any:
     return found
 
 
-Number = TypeVar("Number", int, float)
+Numeral = TypeVar("Numeral", int, float)
 
 
 def listed(text: str) -> list[str]:
@@ -350,7 +350,7 @@ def sizes(text: str) -> list[int]:
     >>> sizes("1,64")
     [1, 64]
     """
-    return _numbers(
+    return _numbers_in(
         text, int, "--batch {} is not a list of sizes: write for instance --batch 1,64."
     )
 
@@ -362,10 +362,10 @@ def removed_shares(text: str) -> list[float]:
     [0.25, 0.5]
     """
     message = "--removed {} is not a list of shares: write for instance --removed 0.25,0.5."
-    return _numbers(text, float, message)
+    return _numbers_in(text, float, message)
 
 
-def _numbers(text: str, read: Callable[[str], Number], message: str) -> list[Number]:
+def _numbers_in(text: str, read: Callable[[str], Numeral], message: str) -> list[Numeral]:
     """Split a text at its commas into numbers; ``message`` says what is wrong with the text.
 
     Raises

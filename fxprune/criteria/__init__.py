@@ -28,6 +28,7 @@ These have no name, because they need a loader of data, or a training loop:
 :class:`Activation`         mean of a unit's activations
 :class:`ActivationVariance` variance of a unit's activations (VBP)
 :class:`Wanda`              weights times the norms of what they multiply
+:class:`SurgeonOrder`       error of the next layers after a refit, unit after unit
 :class:`Movement`           movement of the weights during training
 =========================== ==========================================================
 
@@ -56,6 +57,7 @@ from fxprune.criteria.data import Activation, Fisher, Taylor
 from fxprune.criteria.flow_cpmc import FlowCPMC
 from fxprune.criteria.hessian import OBDC, HessianDiagonal
 from fxprune.criteria.movement import Movement
+from fxprune.criteria.surgeon import SurgeonOrder
 from fxprune.criteria.variance import ActivationVariance
 from fxprune.criteria.views import UnitView, Views, check_values, score_by_views
 from fxprune.criteria.wanda import Wanda
@@ -79,6 +81,7 @@ __all__ = [
     "Random",
     "Ranking",
     "Scorer",
+    "SurgeonOrder",
     "Taylor",
     "UnitView",
     "Views",

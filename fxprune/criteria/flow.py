@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxprune.common.arrays import Floats
 from fxprune.common.contents import tensors_of
 from fxprune.coupling import Coupling
-from fxprune.criteria.columns import columns, has_columns
+from fxprune.criteria.columns import input_rows, is_matrix_product, weight_rows
 from fxprune.criteria.contractions import (
     ContractionWatcher,
     RanContraction,
@@ -112,7 +112,7 @@ class FlowWatcher(ContractionWatcher):
         inverse = _inverse_variance(ran, form)
         fields = self.coupling.labels(labelled[form.weight])
         fields = [labels for labels in fields if labels.shape[form.summed] > 1]
-        known = has_columns(ran.labelled.func, form, ran.given[form.weight])
+        known = is_matrix_product(ran.labelled.func, ran.given[form.weight])
         for labels in fields:
             shares = _shares_of_columns(ran, form, labels, inverse) if known else None
             if shares is None:
@@ -200,41 +200,28 @@ def _shares_of_columns(
         Labels and shares, shape (units,) each; None if the units do not all have equally many
         columns, or too many.
     """
-    weight = at_least_float32(ran.given[form.weight]).movedim(form.outputs, 0)
+    weight = at_least_float32(ran.given[form.weight])
     groups = int(ran.given.get("groups", 1))
-    weights = weight.reshape(groups, len(weight) // groups, -1)
-    inverses = inverse.reshape(groups, -1)
-    on_columns = _labels_of_columns(np.moveaxis(labels, form.outputs, 0), weight.shape, groups)
+    weights = weight_rows(form, weight, groups).flatten(2)
+    # all outputs of a group read the same inputs, so one of them has the labels
+    on_weight = torch.from_numpy(np.broadcast_to(labels, weight.shape).copy())
+    on_columns = weight_rows(form, on_weight, groups)[:, 0].flatten(1).numpy()
     placed = [_by_unit(row) for row in on_columns]
-    if any(each is None for each in placed):
+    shapes = {None if each is None else each[1].shape for each in placed}
+    if None in shapes or len(shapes) > 1:
         return None
     found, shares = [], []
-    places = torch.stack([torch.from_numpy(each[1]) for each in placed if each is not None])
-    moments = _moments_of_units(ran, form, places.to(weight.device))
+    columns = torch.stack([torch.from_numpy(each[1]) for each in placed if each is not None])
+    moments = _moments_of_units(ran, form, columns.to(weight.device))
     for number, each in enumerate(placed):
         assert each is not None
         units, place = each
         w = weights[number][:, place].transpose(0, 1)  # (units, outputs, columns of a unit)
         energy = ((w @ moments[number]) * w).sum(2)
-        shares.append((energy @ inverses[number] / len(weight)).clamp_min(0).cpu().numpy())
+        by_output = inverse.reshape(groups, -1)[number] / len(inverse)
+        shares.append((energy @ by_output).clamp_min(0).cpu().numpy())
         found.append(units)
     return np.concatenate(found), np.nan_to_num(np.concatenate(shares))
-
-
-def _labels_of_columns(labels: Array, shape: Sequence[int], groups: int) -> Array:
-    """Return the label of each column of each group, shape (groups, columns).
-
-    Parameters
-    ----------
-    labels:
-        A field on the weight, whose first dimension holds the outputs.
-    shape:
-        The shape of the weight.
-    groups:
-        The number of groups. All outputs of a group read the same inputs.
-    """
-    one = labels if len(labels) == 1 else labels[:: shape[0] // groups]
-    return np.broadcast_to(one, (groups, *shape[1:])).reshape(groups, -1)
 
 
 def _by_unit(labels: Array) -> tuple[Array, Array] | None:
@@ -277,11 +264,13 @@ def _moments_of_units(ran: RanContraction, form: WeightForm, places: Tensor) -> 
         units, columns of a unit, columns of a unit).
     """
     x = at_least_float32(ran.given[form.data])
-    taps = places.numel() / max(x.numel() // len(x), 1)
-    rows = max(1, int(_MOST_COLUMNS / max(x.numel() // len(x) * max(taps, 1.0), 1.0)))
+    parts: Sequence[Tensor] = (x,)
+    if x.dim() + form.read > 0:  # the first dimension holds samples
+        positions = x[0].numel() // x.shape[form.read]
+        parts = x.split(max(1, _MOST_COLUMNS // max(places.numel() * positions, 1)))
     total, count = torch.zeros(()), 0
-    for some in x.split(rows):
-        read = columns(ran.labelled.func, ran.given, form, some)
+    for some in parts:
+        read = input_rows(form, ran.labelled.func, {**ran.given, form.data: some})
         of_units = torch.stack([read[g][:, place] for g, place in enumerate(places)])
         of_units = of_units.movedim(1, -1)  # (groups, units, columns of a unit, positions)
         total = total + of_units @ of_units.mT

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fxprune.common.numbers import as_path
 from fxprune.common.public import public
@@ -15,7 +15,9 @@ from fxprune.evaluation.plotting import save_figure
 __all__ = ["Sensitivity", "SensitivityPoint"]
 
 
-class SensitivityPoint(NamedTuple):
+@public
+@dataclass(frozen=True)
+class SensitivityPoint:
     """The score of a model in which one group alone is narrower.
 
     Attributes
@@ -87,7 +89,7 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as dicts, lists, strings and numbers, for ``json.dumps``."""
-        return {"dense": self.dense, "points": [point._asdict() for point in self.points]}
+        return {"dense": self.dense, "points": [asdict(point) for point in self.points]}
 
     @classmethod
     @public

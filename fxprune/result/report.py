@@ -104,6 +104,7 @@ _TEXTS = (
     "not_set",
     "compensated",
     "uncompensated",
+    "compensation_notes",
 )
 
 
@@ -152,6 +153,8 @@ class Report:
     compensated, uncompensated:
         Names of the modules whose weights were corrected for what was removed, and of those that
         read removed channels but could not be corrected. Both are empty if no data was given.
+    compensation_notes:
+        Sentences that say where a method of compensation was not used as asked for, and why.
     search:
         The candidates of a search for widths, with their scores; None if there was no search.
 
@@ -195,6 +198,7 @@ class Report:
     not_set: tuple[str, ...] = ()
     compensated: tuple[str, ...] = ()
     uncompensated: tuple[str, ...] = ()
+    compensation_notes: tuple[str, ...] = ()
     search: SearchRow | None = None
 
     def __post_init__(self) -> None:
@@ -259,6 +263,7 @@ class Report:
             "not_set": list(self.not_set),
             "compensated": list(self.compensated),
             "uncompensated": list(self.uncompensated),
+            "compensation_notes": list(self.compensation_notes),
             "latency": None if self.latency is None else self.latency._asdict(),
             "search": None if self.search is None else self.search.to_dict(),
         }
@@ -303,6 +308,7 @@ class Report:
         lines += _section("not used by any operation, left as they are", self.untouched)
         lines += _section("set by forward, not by its graph", self.not_set)
         lines += _section("read removed channels, not compensated", self.uncompensated)
+        lines += _section("compensated in another way than asked for", self.compensation_notes)
         lines += _section("control flow fixed by the example inputs", self.decisions)
         lines += _section("normalised over the surviving channels", self.statistics)
         return "\n".join(lines)

@@ -8,29 +8,27 @@ replace it. Both parts are measured on calibration data, layer by layer, before 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.calibration import batches_of, call_model, check_finite, check_read
+from fxprune.calibration import LoaderBatch, batches_of, check_finite, check_read
+from fxprune.common.contents import named_tensors
 from fxprune.common.public import public
 from fxprune.coupling import Coupling
-from fxprune.inputs import Call
 from fxprune.rewrite import Survivors
 from fxprune.training.consumers import (
     Consumer,
-    Readers,
     check_fits,
     consumers_of,
     lost_mask,
-    untouched,
-    watching_consumers,
+    watching_original,
 )
 
-__all__ = ["Compensation", "fold_constants"]
+__all__ = ["Compensation", "add_constants", "fold_constants"]
 
 
 @public
@@ -41,14 +39,18 @@ class Compensation:
     Attributes
     ----------
     changed:
-        Names of the modules whose weights, bias or following normalisation were changed.
-    left:
+        Names of the modules whose weights, bias, following normalisation or statistics were
+        changed.
+    uncorrected:
         Names of the modules that read removed channels but were left as they were. Where a weight
         is computed by forward, or read by several nodes, it is the name of the node.
+    notes:
+        Sentences that say where a method was not used as asked for, and why.
     """
 
     changed: tuple[str, ...]
-    left: tuple[str, ...]
+    uncorrected: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def fold_constants(
@@ -93,23 +95,50 @@ def fold_constants(
     """
     consumers = consumers_of(coupling, survivors)
     check_fits(coupling, survivors, pruned, consumers)
-    constants = _lost_constants(model, consumers, loader, coupling.example)
-    present = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
-    changed, left = [], list(consumers.others)
+    batches = batches_of(loader, model, coupling.example)
+    done = add_constants(coupling, survivors, model, pruned, consumers, batches)
+    return replace(done, uncorrected=(*consumers.others, *done.uncorrected))
+
+
+def add_constants(
+    coupling: Coupling,
+    survivors: Survivors,
+    model: nn.Module,
+    pruned: nn.Module,
+    consumers: Mapping[str, Consumer],
+    batches: Iterable[LoaderBatch],
+) -> Compensation:
+    """Do for some consumers what :func:`fold_constants` does for all.
+
+    Parameters
+    ----------
+    coupling, survivors, model, pruned:
+        As for :func:`fold_constants`.
+    consumers:
+        The consumers by the name of their weight.
+    batches:
+        The batches.
+    """
+    constants = _lost_constants(coupling, model, consumers, batches)
+    present = named_tensors(pruned)
+    changed, uncorrected = [], []
     for weight, consumer in consumers.items():
         if weight not in constants or consumer.constant is None:
-            left.append(consumer.name)
+            uncorrected.append(consumer.name)
             continue
         name, sign = consumer.constant
         with torch.no_grad():
             kept = survivors.take(coupling.parameters[name], constants[weight])
             present[name] += sign * kept.to(present[name].dtype)
         changed.append(consumer.name)
-    return Compensation(tuple(changed), tuple(left))
+    return Compensation(tuple(changed), tuple(uncorrected))
 
 
 def _lost_constants(
-    model: nn.Module, consumers: Readers, loader: Iterable[Any], example: Call
+    coupling: Coupling,
+    model: nn.Module,
+    consumers: Mapping[str, Consumer],
+    batches: Iterable[LoaderBatch],
 ) -> dict[str, Tensor]:
     """Return what each consumer's removed inputs add to its outputs on average.
 
@@ -137,11 +166,10 @@ def _lost_constants(
         counts[weight] += len(total)
 
     read = 0
-    with untouched(model):
-        for batch in batches_of(loader, model, example):
+    with watching_original(coupling, model, consumers.values(), add) as run:
+        for batch in batches:
             read += 1
-            with watching_consumers(model, consumers.values(), add):
-                call_model(model, batch)
+            run(batch)
     if consumers:
         check_read(read)
     check_finite(sums.values(), "the mean of what a layer reads")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxprune.calibration import LoaderBatch
 from fxprune.common.contents import named_tensors
 from fxprune.common.dispatch import tensors_in
 from fxprune.common.hooks import in_mode
 from fxprune.common.identity import IdentityMap
 from fxprune.coupling import Coupling
-from fxprune.criteria.contractions import WeightForm, WholeOpsMode, weight_form
+from fxprune.criteria.contractions import (
+    ContractionWatcher,
+    RanContraction,
+    WeightForm,
+    WholeOpsMode,
+    weight_form,
+)
+from fxprune.criteria.meter import watch_batch, watching
 from fxprune.errors import ArgumentError
 from fxprune.labels import Array
 from fxprune.ops import Contraction, bind
@@ -31,7 +39,8 @@ __all__ = [
     "consumers_of",
     "lost_mask",
     "untouched",
-    "watching_consumers",
+    "watching_original",
+    "watching_pruned",
 ]
 
 
@@ -115,6 +124,8 @@ def consumers_of(coupling: Coupling, survivors: Survivors) -> Readers:
         if lost is None:
             continue
         name = names.get(given[form.weight])
+        if name in found:  # a part that runs repeatedly
+            continue
         if name is None or len(readers[name]) > 1:
             found.others.append(ran.node)
             continue
@@ -136,7 +147,7 @@ def _lost_channels(
     x = given[form.data]
     rows = survivors.rows(x, x.dim() + form.read)
     # depthwise layers sum up no channels: what they lose, their result loses, too
-    if rows is None or given[form.weight].shape[form.summed] == 1 < rows.shape[1]:
+    if rows is None or given.get("groups", 1) == rows.shape[1] > 1:
         return None
     lost: Array = ~rows.all(axis=0)
     return lost
@@ -193,23 +204,70 @@ Visit = Callable[[Consumer, dict[str, Any], Tensor], None]
 
 
 @contextmanager
-def watching_consumers(
-    model: nn.Module, consumers: Iterable[Consumer], visit: Visit
-) -> Iterator[None]:
-    """Call ``visit`` whenever the model runs one of the consumers inside the context.
+def watching_original(
+    coupling: Coupling, model: nn.Module, consumers: Iterable[Consumer], visit: Visit
+) -> Iterator[Callable[[LoaderBatch], None]]:
+    """Give a function that runs the original on a batch, and calls ``visit`` for each consumer.
 
-    Gradients are off.
+    The graphs of the analysis run, not the model's own code: that can make other calls than the
+    pruned model, as attention does on its fast path.
 
     Parameters
     ----------
+    coupling:
+        The analysis.
     model:
-        The original or the pruned model. Consumers are known by their weights.
+        The original. It is left as it is.
     consumers:
         The consumers.
     visit:
         What to do with a call.
     """
-    parameters = dict(model.named_parameters())
+    watcher = _OriginalWatcher(coupling, consumers, visit)
+    with watching(coupling, model) as filled:
+
+        def run(batch: LoaderBatch) -> None:
+            """Run the graphs on a batch, and undo what they write."""
+            with untouched(filled):
+                watch_batch(watcher, coupling, filled, batch)
+
+        yield run
+
+
+class _OriginalWatcher(ContractionWatcher):
+    """Runs of the original's graphs that visit the consumers."""
+
+    def __init__(self, coupling: Coupling, consumers: Iterable[Consumer], visit: Visit) -> None:
+        super().__init__(coupling)
+        self.visit = visit
+        self.by_contraction = IdentityMap((one.ran, one) for one in consumers)
+
+    def after(self, node: fx.Node, ran: Sequence[RanContraction], size: int) -> None:
+        """Visit the consumers that a node has run."""
+        for each in ran:
+            consumer = self.by_contraction.get(each.labelled)
+            if consumer is not None:
+                self.visit(consumer, each.given, each.out)
+
+
+@contextmanager
+def watching_pruned(
+    pruned: nn.Module, consumers: Iterable[Consumer], visit: Visit
+) -> Iterator[None]:
+    """Call ``visit`` whenever the pruned model runs one of the consumers inside the context.
+
+    Gradients are off. Consumers are known by their weights.
+
+    Parameters
+    ----------
+    pruned:
+        The pruned model.
+    consumers:
+        The consumers.
+    visit:
+        What to do with a call.
+    """
+    parameters = dict(pruned.named_parameters())
     by_weight = IdentityMap((parameters[one.weight], one) for one in consumers)
     mode = _ConsumerMode(by_weight, visit)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), mode:
