@@ -30,8 +30,8 @@ __all__ = ["FlowWatcher"]
 _MOST_MOMENTS = 2**26
 """Upper limit on the moments that the units of one layer take."""
 
-_MOST_COLUMNS = 2**24
-"""About how many numbers the columns of one layer have at a time."""
+_MOST_COLUMNS = 2**20
+"""About how many numbers the moments of one layer are computed from, in one batch."""
 
 _NO_VARIANCE = 1e-6
 """Share of an output's mean square that its variance has at least, against divisions by 0."""
@@ -261,18 +261,19 @@ def _moments_of_units(ran: RanContraction, form: WeightForm, places: Tensor) -> 
     -------
     Tensor
         Means over samples and positions of the products of two columns of a unit; shape (groups,
-        units, columns of a unit, columns of a unit).
+        units, columns of a unit, columns of a unit). Of large batches the first samples count.
     """
     x = at_least_float32(ran.given[form.data])
-    parts: Sequence[Tensor] = (x,)
     if x.dim() + form.read > 0:  # the first dimension holds samples
         positions = x[0].numel() // x.shape[form.read]
-        parts = x.split(max(1, _MOST_COLUMNS // max(places.numel() * positions, 1)))
-    total, count = torch.zeros(()), 0
-    for some in parts:
-        read = input_rows(form, ran.labelled.func, {**ran.given, form.data: some})
+        x = x[: max(1, _MOST_COLUMNS // max(places.numel() * positions, 1))]
+    read = input_rows(form, ran.labelled.func, {**ran.given, form.data: x})
+    every = torch.arange(read.shape[2], device=places.device)
+    if all(
+        torch.equal(place.flatten(), every) for place in places
+    ):  # the usual case, in which nothing has to be moved
+        of_units = read.unflatten(2, tuple(places[0].shape))
+    else:
         of_units = torch.stack([read[g][:, place] for g, place in enumerate(places)])
-        of_units = of_units.movedim(1, -1)  # (groups, units, columns of a unit, positions)
-        total = total + of_units @ of_units.mT
-        count += read.shape[1]
-    return total / count
+    of_units = of_units.movedim(1, -1)  # (groups, units, columns of a unit, positions)
+    return of_units @ of_units.mT / read.shape[1]
