@@ -381,6 +381,23 @@ def test_a_model_that_does_not_run_on_noise_says_so() -> None:
     assert len(pruned.plan.groups[0].kept) == 4
 
 
+def test_python_that_never_ends_on_noise_is_ended() -> None:
+    class Waits(Reads):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            while float(x.abs().sum()) > 1:  # the example holds zeros
+                hidden = hidden.relu()
+            return self.second(hidden)
+
+    body = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 2))
+    model = Waits(body, nn.Linear(2, 1)).eval()
+    with pytest.warns(FxpruneWarning, match="cannot run on noise"):
+        pruned = fxprune.prune(model, torch.zeros(3, 5), channels=0.5, criterion="cpmc_flow")
+    assert pruned.report.parts
+    by_weights = fxprune.prune(model, torch.zeros(3, 5), channels=0.5, criterion="cpmc")
+    assert pruned.plan.groups == by_weights.plan.groups
+
+
 def test_embeddings_get_the_indices_of_the_example() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,7 @@ from fxprune.criteria.costs import DividingCosts, check_weights
 from fxprune.criteria.cpmc import CPMC, share_left
 from fxprune.criteria.flow import FlowWatcher
 from fxprune.criteria.meter import watch_batch, watching
-from fxprune.criteria.noise import noise_like
+from fxprune.criteria.noise import EndlessRun, ending, noise_like
 from fxprune.criteria.views import check_values, score_by_views
 from fxprune.errors import FxpruneError, FxpruneWarning
 from fxprune.inputs import batch_size, copied_to
@@ -188,9 +189,10 @@ def _flow_on_noise(coupling: Coupling, model: nn.Module, seed: int) -> Floats | 
         args, kwargs = copied_to(call, device)
         batch = LoaderBatch(args, kwargs, (), batch_size(call))
         try:
-            with watching(coupling, model) as filled:
+            limit = ending(coupling) if coupling.parts else nullcontext()
+            with watching(coupling, model) as filled, limit:
                 watch_batch(watcher, coupling, filled, batch)
-        except FxpruneError:  # the model may take the sizes of the example only
+        except (FxpruneError, EndlessRun):  # the model may take the sizes of the example only
             continue
         return watcher.total / watcher.samples
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fxprune.common.contents import tensors_of
+from fxprune.common.dispatch import DispatchMode
+from fxprune.coupling import Coupling
 from fxprune.inputs import Call, batch_size
 from fxprune.resized import other_batch, replace_sizes
 
-__all__ = ["noise_like"]
+__all__ = ["EndlessRun", "ending", "noise_like"]
 
 
 _ELEMENTS = 2**17
@@ -71,6 +74,43 @@ def _filled(call: Call, seed: int) -> Call:
     """Return a call with noise in the place of its floating-point tensors."""
     generator = torch.Generator().manual_seed(seed)
     return Call(*tree_map_only(Tensor, lambda leaf: _noise(leaf, generator), tuple(call)))
+
+
+class EndlessRun(BaseException):
+    """Signal that a run has made far more operations than the analysis saw.
+
+    It is no ``Exception``, so the model does not handle it as an error.
+    """
+
+
+@contextmanager
+def ending(coupling: Coupling) -> Iterator[None]:
+    """End a run of a model's Python code that may never end on noise.
+
+    A loop that continues until a value is small, for instance, may continue for ever.
+
+    Raises
+    ------
+    EndlessRun
+        If the run makes a hundred times as many operations as the traced graphs have, and some.
+    """
+    nodes = sum(len(trace.graph.nodes) for trace in coupling.traces)
+    with _OperationLimit(1000 + 100 * nodes):
+        yield
+
+
+class _OperationLimit(DispatchMode):
+    """A mode that ends a run after a number of operations."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._left = most
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise EndlessRun
+        return func(*args, **(kwargs or {}))
 
 
 def _is_float(leaf: Any) -> bool:
