@@ -45,23 +45,25 @@ class FlowCPMC:
     .. math::
 
        I(u) = \frac{V(u)}{r(u)} \frac{1}{C(u)^a P(u)^b}, \qquad
-       V(u) = \mathrm{E}[x_u^2] \sum_y \frac{1}{|y|} \sum_{o \in y}
-              \frac{\sum_{w \in W_{o,u}} w^2}{\mathrm{Var}(y_o)}
+       V(u) = \sum_y \frac{1}{|y|} \sum_{o \in y}
+              \frac{\mathrm{E}[(w_{o,u}^T x_u)^2]}{\mathrm{Var}(y_o)}
 
-    The sum goes over all layers y that read the unit u. :math:`W_{o,u}` are the weights that lead
-    from the unit to the output channel o, and :math:`x_u` is the unit's activation; mean square
-    and variance go over samples and positions. So V is the share of the unit in what each next
-    layer gives. Its own filters enter through its activation, the dependent weights of the next
-    layers through their squares.
+    The sum goes over all layers y that read the unit u. :math:`w_{o,u}` are the weights that lead
+    from the unit to the output channel o, and :math:`x_u` is what they multiply: the unit's
+    activation at all positions of the kernel. Mean square and variance go over samples and
+    positions. So V is the share of the unit in what each next layer gives. Its own filters enter
+    through its activation, the dependent weights of the next layers through what they make of it.
     C and P are the multiply-accumulates and the parameters that vanish with the unit, at the
     current widths. :math:`r(u)` is the share of its block that is left when all units of smaller
     V are gone, so that no group is emptied.
 
     V is a property of the function. If a layer's weights are scaled, channel by channel, and the
     next layers' inversely, V stays as it is; so groups compare globally, without a normalisation.
+    Products of two activations (queries and keys) count by the mean squares of both.
 
-    **Without data** the network runs on noise. Every batch normalisation then uses the statistics
-    of its batch, because its running statistics belong to data that the noise does not look like.
+    **Without data** the network runs on noise: normal numbers, or images whose spectrum and
+    channels resemble those of photographs. Every batch normalisation then uses the statistics of
+    its batch, because its running statistics belong to data that the noise does not look like.
     With ``data`` it runs as it is, and the two values are blended: n samples of data have the
     weight n, the noise has 256.
 

@@ -235,7 +235,18 @@ def unit_means(values: Tensor, labels: Array) -> tuple[Array, Floats]:
     -------
     units, means:
         The labels of the units, ascending, and their means; shape (units,) each.
+
+    Raises
+    ------
+    ArgumentError
+        If the labels do not fit, because an axis holds units and samples together.
     """
+    sizes = zip(reversed(labels.shape), reversed(values.shape), strict=False)
+    if any(there not in (1, size) for there, size in sizes):
+        raise ArgumentError(
+            f"an axis of a tensor of shape {tuple(values.shape)} holds channels and samples "
+            "together: give batches of the example's size."
+        )
     shared = [d for d, extent in enumerate(labels.shape) if extent == 1]
     if shared:
         values = values.mean(shared, keepdim=True)
