@@ -10,10 +10,10 @@ Each criterion prunes networks that other people trained (EfficientNet-lite0, MT
 shares of their multiply-accumulates. The pruned network is compared with the dense one on inputs
 whose sources neither the criterion nor the compensation has seen. ``/constants``,
 ``/least_squares``, ``/batch_norm`` and ``/least_squares+batch_norm`` after a criterion compensate
-on the calibration inputs. ``cpmc_flow+data`` reads these, too, as ``activation`` does.
-``cpmc_flow:1`` has another exponent of the computation. ``random`` is the mean over five seeds.
-torch-pruning's importances prune globally; its ``pruning_ratio`` is searched until as few
-multiply-accumulates are left, and its results cannot be compensated.
+on the calibration inputs. ``cpmc_flow+data`` reads these, too, as ``activation``, ``variance``,
+``wanda`` and ``obdc`` do. ``cpmc_flow:1`` has another exponent of the computation. ``random`` is
+the mean over five seeds. torch-pruning's importances prune globally; its ``pruning_ratio`` is
+searched until as few multiply-accumulates are left, and its results cannot be compensated.
 
 The standard error of a share s of n inputs is the root of s (1 - s) / n. Results go to
 ``benchmarks/results/pretrained.json`` and ``.md``. The packages:
@@ -26,7 +26,9 @@ The standard error of a share s of n inputs is the root of s (1 - s) / n. Result
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -51,6 +53,9 @@ CRITERIA = (
     "fpgm",
     "bn_scale",
     "activation",
+    "variance",
+    "wanda",
+    "obdc",
     "random",
     "torch-pruning magnitude",
     "torch-pruning lamp",
@@ -68,6 +73,12 @@ def criteria_of(name: str, loader: list[Any]) -> list[Any]:
             return [criteria.Random(seed) for seed in range(SEEDS)]
         case "activation":
             return [criteria.Activation(loader)]
+        case "variance":
+            return [criteria.ActivationVariance(loader)]
+        case "wanda":
+            return [criteria.Wanda(loader)]
+        case "obdc":
+            return [criteria.OBDC(loader)]
         case "surgeon":  # not among CRITERIA: minutes for layers that read thousands of numbers
             return [criteria.SurgeonOrder(loader)]
         case "cpmc_flow+data":
@@ -235,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--order", action="store_true", help="print rank correlations only")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--stem", default="pretrained", help="name of the results")
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
     try:
         judged_by = {name: _pretrained.NETWORKS[name]().judged_by for name in options.networks}
     except ImportError as error:
@@ -248,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: dict[str, list[float | str]] = {}
     record: common.Record = {
         "machine": common.machine(),
-        "command": "python benchmarks/pretrained.py",
+        "command": shlex.join(["python", "benchmarks/pretrained.py", *given]),
         "judged_by": judged_by,
         "rows": rows,
     }

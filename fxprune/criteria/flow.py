@@ -204,7 +204,7 @@ def _shares_of_columns(
     groups = int(ran.given.get("groups", 1))
     weights = weight_rows(form, weight, groups).flatten(2)
     # all outputs of a group read the same inputs, so one of them has the labels
-    on_weight = torch.from_numpy(np.broadcast_to(labels, weight.shape).copy())
+    on_weight = torch.from_numpy(labels.copy()).expand(weight.shape)
     on_columns = weight_rows(form, on_weight, groups)[:, 0].flatten(1).numpy()
     placed = [_by_unit(row) for row in on_columns]
     shapes = {None if each is None else each[1].shape for each in placed}
@@ -216,10 +216,14 @@ def _shares_of_columns(
     for number, each in enumerate(placed):
         assert each is not None
         units, place = each
-        w = weights[number][:, place].transpose(0, 1)  # (units, outputs, columns of a unit)
-        energy = ((w @ moments[number]) * w).sum(2)
         by_output = inverse.reshape(groups, -1)[number] / len(inverse)
-        shares.append((energy @ by_output).clamp_min(0).cpu().numpy())
+        if place.shape[1] == 1:  # the same, without a copy of the weights
+            of_columns = by_output @ weights[number].square()
+            share = of_columns[torch.from_numpy(place[:, 0])] * moments[number].flatten()
+        else:
+            w = weights[number][:, place].transpose(0, 1)  # (units, outputs, columns of a unit)
+            share = ((w @ moments[number]) * w).sum(2) @ by_output
+        shares.append(share.clamp_min(0).cpu().numpy())
         found.append(units)
     return np.concatenate(found), np.nan_to_num(np.concatenate(shares))
 
@@ -268,6 +272,9 @@ def _moments_of_units(ran: RanContraction, form: WeightForm, places: Tensor) -> 
         positions = x[0].numel() // x.shape[form.read]
         x = x[: max(1, _MOST_COLUMNS // max(places.numel() * positions, 1))]
     read = input_rows(form, ran.labelled.func, {**ran.given, form.data: x})
+    if places.shape[2] == 1:  # squares are all that is asked for
+        squares = torch.linalg.vector_norm(read, dim=1).square() / read.shape[1]
+        return torch.stack([squares[g][place] for g, place in enumerate(places)])[..., None]
     every = torch.arange(read.shape[2], device=places.device)
     if all(
         torch.equal(place.flatten(), every) for place in places

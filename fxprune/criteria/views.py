@@ -413,7 +413,8 @@ def check_values(coupling: Coupling, model: nn.Module) -> None:
             continue
         if parameter.is_meta:
             raise _error_without_values(name)
-        if not bool(parameter.isfinite().all()):
+        # a finite sum is several times as fast to find, and has finite addends
+        if not bool(parameter.sum().isfinite()) and not bool(parameter.isfinite().all()):
             raise ModelError(
                 f"parameter {name!r} holds infinity, so its units cannot be ranked: load or "
                 "initialise the weights anew."
