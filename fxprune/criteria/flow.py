@@ -276,9 +276,7 @@ def _moments_of_units(ran: RanContraction, form: WeightForm, places: Tensor) -> 
         squares = torch.linalg.vector_norm(read, dim=1).square() / read.shape[1]
         return torch.stack([squares[g][place] for g, place in enumerate(places)])[..., None]
     every = torch.arange(read.shape[2], device=places.device)
-    if all(
-        torch.equal(place.flatten(), every) for place in places
-    ):  # the usual case, in which nothing has to be moved
+    if all(torch.equal(place.flatten(), every) for place in places):  # nothing has to be moved
         of_units = read.unflatten(2, tuple(places[0].shape))
     else:
         of_units = torch.stack([read[g][:, place] for g, place in enumerate(places)])
